@@ -1,0 +1,17 @@
+//! What backends share, each written once: for authors of backends, not for applications.
+//!
+//! [`DeliveryQueue`] is the one most want: a bounded queue with members that ask for work, deliveries in flight, retries,
+//! exhaustion and hold limits, for a fan-out subscription as for a group. It is made of [`InFlight`] and [`RetryQueue`] and
+//! kept on time by a [`Timer`]. [`SettleQueue`] is for backends whose settlements travel.
+
+mod delivery_queue;
+mod in_flight;
+mod retry_queue;
+mod settle_queue;
+mod timer;
+
+pub use delivery_queue::{DeadLetterSink, DeliveryQueue, Entry, InstanceId, QueueStatus, Wakers};
+pub use in_flight::InFlight;
+pub use retry_queue::RetryQueue;
+pub use settle_queue::{OpenSettlement, SettleQueue};
+pub use timer::{Due, Timer};

@@ -1,0 +1,145 @@
+//! Deadlines that come due although nobody polls.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::RetryQueue;
+use crate::{Error, ErrorKind, Result};
+
+/// Something with deadlines.
+pub trait Due: Send + Sync {
+    /// A deadline has come. Returns the next one, if there is any. Called without any lock held.
+    fn due(self: Arc<Self>, now: Instant) -> Option<Instant>;
+}
+
+/// Wakes things at their deadlines, with one task for all of them, started by the first deadline and ended with the timer.
+pub struct Timer {
+    shared: Arc<Shared>,
+    runtime: Handle,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    deadlines: Mutex<RetryQueue<Weak<dyn Due>>>,
+    earlier: Notify,
+}
+
+impl Timer {
+    /// A timer on the runtime of the caller. It needs tokio's time driver.
+    ///
+    /// # Errors
+    /// Outside a tokio runtime.
+    pub fn new() -> Result<Self> {
+        let runtime = Handle::try_current()
+            .map_err(|error| Error::new(ErrorKind::Backend("needs a tokio runtime".into())).caused_by(error))?;
+        let shared = Arc::new(Shared { deadlines: Mutex::default(), earlier: Notify::new() });
+        Ok(Self { shared, runtime, task: Mutex::default() })
+    }
+
+    /// The runtime it lives on.
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// Calls `target` at `when`, unless it is gone by then. Any thread, with or without a runtime.
+    pub fn call_at(&self, when: Instant, target: Weak<dyn Due>) {
+        let earliest = {
+            let mut deadlines = self.shared.deadlines.lock();
+            let earliest = deadlines.next_due().is_none_or(|next| when < next);
+            deadlines.push(when, target);
+            earliest
+        };
+        if earliest {
+            self.ensure_running();
+            self.shared.earlier.notify_one();
+        }
+    }
+
+    fn ensure_running(&self) {
+        let mut task = self.task.lock();
+        // A task that has finished was cancelled with its runtime: go on with the caller's.
+        if task.as_ref().is_none_or(JoinHandle::is_finished) {
+            let runtime = if task.is_none() {
+                self.runtime.clone()
+            } else {
+                Handle::try_current().unwrap_or_else(|_| self.runtime.clone())
+            };
+            *task = Some(runtime.spawn(keep_time(self.shared.clone())));
+        }
+    }
+}
+
+async fn keep_time(shared: Arc<Shared>) {
+    loop {
+        let now = Instant::now();
+        loop {
+            // Its own statement: the lock must not live through the call.
+            let next = shared.deadlines.lock().pop_due(now);
+            let Some(target) = next else { break };
+            let Some(target) = target.upgrade() else { continue };
+            let weak = Arc::downgrade(&target);
+            if let Some(again) = target.due(now) {
+                shared.deadlines.lock().push(again, weak);
+            }
+        }
+        let next = shared.deadlines.lock().next_due();
+        let earlier = shared.earlier.notified();
+        match next {
+            Some(next) => drop(tokio::time::timeout_at(next, earlier).await),
+            None => earlier.await,
+        }
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.get_mut().take() {
+            task.abort();
+        }
+    }
+}
+
+impl fmt::Debug for Timer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Timer").field("deadlines", &self.shared.deadlines.lock().len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Counter(AtomicU32);
+
+    impl Due for Counter {
+        fn due(self: Arc<Self>, now: Instant) -> Option<Instant> {
+            (self.0.fetch_add(1, Ordering::Relaxed) < 2).then(|| now + Duration::from_secs(1))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_at_each_deadline_and_ends_with_its_owner() {
+        let timer = Timer::new().unwrap();
+        let counter = Arc::new(Counter::default());
+        let weak: Weak<dyn Due> = Arc::downgrade(&counter) as _;
+        timer.call_at(Instant::now() + Duration::from_secs(60), weak.clone());
+        timer.call_at(Instant::now() + Duration::from_secs(1), weak);
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        assert_eq!(counter.0.load(Ordering::Relaxed), 1);
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        assert_eq!(counter.0.load(Ordering::Relaxed), 4);
+        drop(timer);
+        tokio::task::yield_now().await;
+        assert_eq!(Handle::current().metrics().num_alive_tasks(), 0);
+    }
+}

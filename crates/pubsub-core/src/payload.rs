@@ -1,0 +1,251 @@
+//! The data of an event: JSON, a value shared within the process, or something that never leaves it.
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{Error, ErrorKind, Result};
+
+/// The data of an event. Cheap to clone.
+#[derive(Clone)]
+pub struct Payload(Repr);
+
+#[derive(Clone)]
+enum Repr {
+    Json(Bytes),
+    Typed(Arc<dyn Typed>),
+    Live(Arc<dyn Any + Send + Sync>),
+}
+
+/// A value that stays a value inside the process and becomes JSON once, when first asked for.
+trait Typed: Send + Sync {
+    fn json(&self) -> &Result<Bytes, String>;
+    fn round_trip(&self) -> Result<(), String>;
+    fn value(&self) -> &(dyn Any + Send + Sync);
+}
+
+struct Cell<T> {
+    value: T,
+    json: OnceLock<Result<Bytes, String>>,
+}
+
+fn encode<T: Serialize>(value: &T) -> Result<Bytes, String> {
+    serde_json::to_vec(value).map(Bytes::from).map_err(|error| error.to_string())
+}
+
+impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> Typed for Cell<T> {
+    fn json(&self) -> &Result<Bytes, String> {
+        self.json.get_or_init(|| encode(&self.value))
+    }
+
+    fn round_trip(&self) -> Result<(), String> {
+        let there = self.json().as_ref().map_err(Clone::clone)?;
+        let back: T = serde_json::from_slice(there).map_err(|error| error.to_string())?;
+        let again = encode(&back)?;
+        // Compared as values: the order of keys in a map may change, and does not matter.
+        let as_value = |json: &Bytes| serde_json::from_slice::<serde_json::Value>(json);
+        match (as_value(there), as_value(&again)) {
+            (Ok(a), Ok(b)) if a == b => Ok(()),
+            _ => Err(format!("{} reads back as a different value", std::any::type_name::<T>())),
+        }
+    }
+
+    fn value(&self) -> &(dyn Any + Send + Sync) {
+        &self.value
+    }
+}
+
+impl Payload {
+    /// JSON `null`.
+    pub fn null() -> Self {
+        Self(Repr::Json(Bytes::from_static(b"null")))
+    }
+
+    /// A value that subscribers of the same process read without any serialisation, and all others as JSON.
+    ///
+    /// The value must read back from JSON as itself. In process that is not checked unless the bus has
+    /// `strict_payloads` on; a backend that serialises refuses what cannot be written.
+    pub fn typed<T: Serialize + DeserializeOwned + Send + Sync + 'static>(value: T) -> Self {
+        Self(Repr::Typed(Arc::new(Cell { value, json: OnceLock::new() })))
+    }
+
+    /// The JSON of a value, written now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotSerializable`] if the value cannot be written as JSON.
+    pub fn json_of<T: Serialize + ?Sized>(value: &T) -> Result<Self> {
+        match serde_json::to_vec(value) {
+            Ok(json) => Ok(Self(Repr::Json(json.into()))),
+            Err(error) => Err(Error::new(ErrorKind::NotSerializable(error.to_string().into()))),
+        }
+    }
+
+    /// Text that is JSON already.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Decode`] if it is not exactly one JSON value.
+    pub fn json(json: impl Into<Bytes>) -> Result<Self> {
+        let json = json.into();
+        match serde_json::from_slice::<&serde_json::value::RawValue>(&json) {
+            Ok(_) => Ok(Self(Repr::Json(json))),
+            Err(error) => Err(Error::new(ErrorKind::Decode(error.to_string().into()))),
+        }
+    }
+
+    /// Text that is known to be JSON: a decoder has just read it as such.
+    pub(crate) fn json_unchecked(json: Bytes) -> Self {
+        Self(Repr::Json(json))
+    }
+
+    /// A value that cannot leave the process: for events published `local_only`.
+    pub fn live<T: Any + Send + Sync>(value: Arc<T>) -> Self {
+        Self(Repr::Live(value))
+    }
+
+    /// Whether this payload can only be published `local_only`.
+    pub fn is_live(&self) -> bool {
+        matches!(self.0, Repr::Live(_))
+    }
+
+    /// The payload as JSON; written once, then kept.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotSerializable`] if it is live, or its value refuses to be written.
+    pub fn to_json(&self) -> Result<Bytes> {
+        let refuse = |why: String| Error::new(ErrorKind::NotSerializable(why.into()));
+        match &self.0 {
+            Repr::Json(json) => Ok(json.clone()),
+            Repr::Typed(cell) => cell.json().clone().map_err(refuse),
+            Repr::Live(_) => Err(refuse("a live value never leaves its process".into())),
+        }
+    }
+
+    /// The payload as a `T`: borrowed where it is one already, else decoded from its JSON.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Decode`] if the JSON is not a `T`, or a live value is of another type.
+    pub fn get<T: DeserializeOwned + 'static>(&self) -> Result<Data<'_, T>> {
+        match &self.0 {
+            Repr::Json(json) => decode(json).map(Data::Owned),
+            Repr::Typed(cell) => match cell.value().downcast_ref() {
+                Some(value) => Ok(Data::Borrowed(value)),
+                None => decode(&self.to_json()?).map(Data::Owned),
+            },
+            Repr::Live(_) => self.get_live().map(Data::Borrowed),
+        }
+    }
+
+    /// The live or typed value itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Decode`] if there is none of this type in the process.
+    pub fn get_live<T: Any>(&self) -> Result<&T> {
+        let value = match &self.0 {
+            Repr::Json(_) => None,
+            Repr::Typed(cell) => cell.value().downcast_ref(),
+            Repr::Live(value) => value.downcast_ref(),
+        };
+        value.ok_or_else(|| {
+            let why = format!("the payload holds no value of type {}", std::any::type_name::<T>());
+            Error::new(ErrorKind::Decode(why.into()))
+        })
+    }
+
+    /// Makes the payload plain JSON and proves that it reads back as itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotSerializable`] if it does not.
+    pub fn strict(&self) -> Result<Self> {
+        if let Repr::Typed(cell) = &self.0 {
+            cell.round_trip().map_err(|why| Error::new(ErrorKind::NotSerializable(why.into())))?;
+        }
+        Ok(Self(Repr::Json(self.to_json()?)))
+    }
+}
+
+fn decode<T: DeserializeOwned>(json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|error| {
+        let why = format!("data is not a {}: {error}", std::any::type_name::<T>());
+        Error::new(ErrorKind::Decode(why.into())).caused_by(error)
+    })
+}
+
+impl Default for Payload {
+    fn default() -> Self {
+        Self::null()
+    }
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Payloads may be large or secret: say what it is, not what it says.
+        match &self.0 {
+            Repr::Json(json) => write!(f, "Json({} bytes)", json.len()),
+            Repr::Typed(_) => f.write_str("Typed"),
+            Repr::Live(_) => f.write_str("Live"),
+        }
+    }
+}
+
+/// Data of an event as a `T`: borrowed from the event, or decoded for this call.
+#[derive(Debug, Clone)]
+pub enum Data<'a, T> {
+    /// The publisher's own value.
+    Borrowed(&'a T),
+    /// Read from JSON.
+    Owned(T),
+}
+
+impl<T> Deref for Data<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        match self {
+            Self::Borrowed(value) => value,
+            Self::Owned(value) => value,
+        }
+    }
+}
+
+impl<T: Clone> Data<'_, T> {
+    /// The value itself, cloned only if it is shared.
+    pub fn into_owned(self) -> T {
+        match self {
+            Self::Borrowed(value) => value.clone(),
+            Self::Owned(value) => value,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn typed_is_shared_and_json_is_written_once() {
+        let payload = Payload::typed(vec![1_u32, 2]);
+        assert!(matches!(payload.get::<Vec<u32>>().unwrap(), Data::Borrowed(_)));
+        assert_eq!(*payload.get::<Vec<u64>>().unwrap(), [1, 2]);
+        assert_eq!(payload.to_json().unwrap().as_ptr(), payload.to_json().unwrap().as_ptr());
+    }
+
+    #[test]
+    fn strict_refuses_what_does_not_come_back() {
+        for payload in [Payload::typed(f64::NAN), Payload::live(Arc::new(1))] {
+            assert!(matches!(payload.strict().unwrap_err().kind(), ErrorKind::NotSerializable(_)));
+        }
+        assert_eq!(Payload::typed(1.5).strict().unwrap().to_json().unwrap(), "1.5");
+    }
+
+    #[test]
+    fn json_is_checked() {
+        assert!(Payload::json(r#"{"a":[1,2,{"b":null}]}"#).is_ok());
+        for bad in ["", "{", "1 2", "nul", "\u{1}"] {
+            assert!(matches!(Payload::json(bad).unwrap_err().kind(), ErrorKind::Decode(_)), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! One consumer's view of a topic: a stream of deliveries, and handles to stop and watch it.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use async_trait::async_trait;
+use futures::Stream;
+use futures::task::AtomicWaker;
+
+use crate::{AckMode, Delivery, Result, Settlement, SubscribeOptions, SubscriptionStatus, Topic};
+
+/// Where a subscription's deliveries come from: what a backend implements.
+///
+/// Dropping the source ends the subscription: nothing it had taken and not handed over may be lost to its group.
+pub trait Source: Send {
+    /// The next delivery, `None` once the subscription has ended, or an error, after which it has ended as well. A
+    /// connection that comes back by itself is no error.
+    ///
+    /// `mode` says who settles: with [`AckMode::Auto`] the delivery is done by being handed over and comes as
+    /// [`Delivery::settled`]. It may change between calls. A source that is ready again and again must yield to its
+    /// runtime now and then (`tokio::task::coop`).
+    fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>>;
+}
+
+/// The side of a subscription that others than its consumer may hold.
+#[async_trait]
+pub trait Control: Send + Sync + fmt::Debug {
+    /// Ends the subscription: the stream yields nothing more, and what was queued is released. Idempotent; any thread.
+    fn stop(&self);
+
+    /// Waits until nothing more can arrive after [`stop`](Self::stop). Cancel safe.
+    async fn stopped(&self);
+
+    /// Waits until nothing is queued, held, or due to come back. Cancel safe.
+    async fn drained(&self);
+
+    /// What the subscription has seen and holds.
+    fn status(&self) -> SubscriptionStatus;
+}
+
+/// One consumer's view of a topic: a stream of [`Delivery`].
+///
+/// Read as a stream, a fan-out subscription is settled at hand-over and a group's by hand, unless
+/// [`SubscribeOptions::ack_mode`] says otherwise. [`run`](Self::run) and [`batches`](Self::batches) are the other two ways
+/// to read it. An `Err` is final. Dropping it unsubscribes.
+///
+/// Reading is cancel safe: a delivery is either returned or still to come.
+pub struct Subscription {
+    source: Box<dyn Source>,
+    handle: SubscriptionHandle,
+    options: Arc<SubscribeOptions>,
+    ended: bool,
+}
+
+impl Subscription {
+    /// A subscription over a backend's source; for backends.
+    pub fn new(topic: Topic, options: SubscribeOptions, source: Box<dyn Source>, control: Arc<dyn Control>) -> Self {
+        let handle = SubscriptionHandle(Arc::new(Shared { topic, control, nudge: Arc::default() }));
+        Self { source, handle, options: Arc::new(options), ended: false }
+    }
+
+    /// The topic it is on.
+    pub fn topic(&self) -> &Topic {
+        &self.handle.0.topic
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &SubscribeOptions {
+        &self.options
+    }
+
+    /// A handle that stops and watches it from elsewhere.
+    pub fn handle(&self) -> SubscriptionHandle {
+        self.handle.clone()
+    }
+
+    /// What it has seen and holds.
+    pub fn status(&self) -> SubscriptionStatus {
+        self.handle.status()
+    }
+
+    /// Ends it and waits until nothing more can arrive. Dropping the future does not undo the end.
+    pub async fn unsubscribe(self) {
+        let Self { source, handle, .. } = self;
+        handle.stop();
+        drop(source);
+        handle.0.control.stopped().await;
+    }
+
+    pub(crate) fn nudge(&self) -> Arc<Nudge> {
+        self.handle.0.nudge.clone()
+    }
+
+    /// Who settles when the consumer reads by outcome (`run`, `batches`).
+    pub(crate) fn outcome_mode(&self) -> AckMode {
+        self.options.ack_mode.unwrap_or(AckMode::Manual)
+    }
+
+    fn stream_mode(&self) -> AckMode {
+        let usual = if self.options.group.is_some() { AckMode::Manual } else { AckMode::Auto };
+        self.options.ack_mode.unwrap_or(usual)
+    }
+
+    /// The next delivery that passes the filter, settled as `mode` says.
+    pub(crate) fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        loop {
+            let next = std::task::ready!(self.source.poll_next(cx, mode));
+            match next {
+                Some(Ok(delivery)) if self.rejects(&delivery) => {
+                    drop(delivery.settle(Settlement::Done));
+                }
+                Some(Ok(delivery)) => return Poll::Ready(Some(Ok(delivery))),
+                last => {
+                    self.ended = true;
+                    return Poll::Ready(last);
+                }
+            }
+        }
+    }
+
+    fn rejects(&self, delivery: &Delivery) -> bool {
+        self.options.filter.as_ref().is_some_and(|filter| !filter.admits(delivery.event()))
+    }
+}
+
+impl Stream for Subscription {
+    type Item = Result<Delivery>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Delivery>>> {
+        let mode = self.stream_mode();
+        self.poll_delivery(cx, mode)
+    }
+}
+
+impl fmt::Debug for Subscription {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscription").field("topic", self.topic()).field("options", &self.options).finish()
+    }
+}
+
+/// A handle on a subscription: stops it and watches it from elsewhere. Cheap to clone; it does not keep it alive.
+#[derive(Clone)]
+pub struct SubscriptionHandle(Arc<Shared>);
+
+struct Shared {
+    topic: Topic,
+    control: Arc<dyn Control>,
+    nudge: Arc<Nudge>,
+}
+
+impl SubscriptionHandle {
+    /// Ends the subscription: its stream yields nothing more. Idempotent; may be called from its own handler.
+    pub fn stop(&self) {
+        self.0.control.stop();
+    }
+
+    /// Waits until nothing is queued, held by the consumer, or due to come back; partial batches are made due at once.
+    ///
+    /// New events extend the wait. Not for use inside the subscription's own handler, which is what it waits for. Cancel
+    /// safe.
+    pub async fn drained(&self) {
+        self.0.nudge.hurry();
+        self.0.control.drained().await;
+    }
+
+    /// What the subscription has seen and holds.
+    pub fn status(&self) -> SubscriptionStatus {
+        self.0.control.status()
+    }
+}
+
+impl fmt::Debug for SubscriptionHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SubscriptionHandle").field("topic", &self.0.topic).field("status", &self.status()).finish()
+    }
+}
+
+/// How a flush reaches a partial batch in the consumer's task.
+#[derive(Debug, Default)]
+pub(crate) struct Nudge {
+    hurried: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Nudge {
+    pub(crate) fn hurry(&self) {
+        self.hurried.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// Whether somebody asked since the last call.
+    pub(crate) fn take(&self, cx: &mut Context<'_>) -> bool {
+        self.waker.register(cx.waker());
+        self.hurried.load(Ordering::Relaxed) && self.hurried.swap(false, Ordering::Acquire)
+    }
+}
