@@ -93,6 +93,8 @@ pub struct DeliveryQueue {
     /// Entries that count towards the bound; changed under the state's lock, read without.
     len: AtomicUsize,
     capacity: AtomicUsize,
+    /// Whether it loses the oldest rather than make publishers wait: as a durable group, or because all its members chose to.
+    lossy: AtomicBool,
     /// Entries in the hands of the only member's source, not handed over yet (fan-out).
     stashed: AtomicUsize,
     /// Publishers waiting for room, and the bell they wait for.
@@ -223,6 +225,7 @@ impl DeliveryQueue {
             state: Mutex::default(),
             len: AtomicUsize::new(0),
             capacity: AtomicUsize::new(durable.unwrap_or(1)),
+            lossy: AtomicBool::new(durable.is_some()),
             stashed: AtomicUsize::new(0),
             room_wanted: AtomicUsize::new(0),
             room: Notify::new(),
@@ -236,41 +239,48 @@ impl DeliveryQueue {
         self.group.as_ref()
     }
 
-    /// Makes a subscription of a new member. `on_end` is called once, without any lock of the queue, when the member has left
-    /// in whatever way.
+    /// Makes a subscription of a new member; none if the queue has ended, as a group's does when its last member leaves. `on_end`
+    /// is called once, without any lock of the queue, when the member has left in whatever way.
     pub fn join(
         self: &Arc<Self>,
         instance: InstanceId,
         options: SubscribeOptions,
         on_end: impl Fn() + Send + Sync + 'static,
-    ) -> Subscription {
-        let shared = Arc::new(options.clone());
+    ) -> Option<Subscription> {
         // A fan-out member's source takes up to half of its bound in one go; the other half stays open to publishers.
         let (capacity, stash) = match self.group {
             Some(_) => (options.prefetch, 0),
             None => (options.prefetch.div_ceil(2), options.prefetch / 2),
         };
-        let mut state = self.state.lock();
-        let member = state.members.insert(Member { instance, options: shared, waker: None, parked: false, held: 0 });
-        drop(state);
+        let member = {
+            let mut state = self.state.lock();
+            if state.ended {
+                return None;
+            }
+            let member = Member { instance, options: Arc::new(options.clone()), waker: None, parked: false, held: 0 };
+            let member = state.members.insert(member);
+            self.lossy.store(self.durable || state.is_lossy(), Ordering::Relaxed);
+            member
+        };
         if !self.durable {
             self.capacity.fetch_max(capacity, Ordering::Relaxed);
         }
-        let membership =
-            Arc::new(Membership { queue: self.clone(), member, ended: AtomicBool::new(false), on_end: Box::new(on_end) });
+        let membership = Membership { queue: self.clone(), member, ended: AtomicBool::new(false), on_end: Box::new(on_end) };
+        let membership = Arc::new(membership);
         let source = QueueSource { membership: membership.clone(), stash: VecDeque::new(), take: stash + 1, budget: BUDGET };
-        Subscription::new(self.topic.clone(), options, Box::new(source), membership)
+        Some(Subscription::new(self.topic.clone(), options, Box::new(source), membership))
     }
 
-    /// How many entries can be pushed without going over the bound. Only pushing makes it less.
+    /// How many entries can be pushed without losing any to the bound, or any number if its members chose to lose the oldest.
+    /// Only pushing makes it less.
     pub fn room(&self) -> usize {
-        if self.durable {
+        if self.lossy.load(Ordering::Relaxed) {
             return usize::MAX;
         }
         self.capacity.load(Ordering::Relaxed).saturating_sub(self.len.load(Ordering::Acquire))
     }
 
-    /// Waits until there may be room again, or `until` says to look again for another reason. Cancel safe.
+    /// Waits until there may be room again, or the queue has ended. Cancel safe.
     pub async fn room_freed(&self) {
         let freed = self.room.notified();
         let mut freed = std::pin::pin!(freed);
@@ -281,10 +291,9 @@ impl DeliveryQueue {
         }
     }
 
-    /// Whether publishers wait when it is full, rather than the oldest being lost.
-    pub fn waits_when_full(&self) -> bool {
-        let state = self.state.lock();
-        state.members.iter().any(|(_, member)| member.options.overflow == Overflow::Wait)
+    /// Whether it outlives its members.
+    pub fn is_durable(&self) -> bool {
+        self.durable
     }
 
     /// Whether it has ended: it takes and gives nothing more.
@@ -292,9 +301,9 @@ impl DeliveryQueue {
         self.state.lock().ended
     }
 
-    /// Whether a member belongs to this instance.
-    pub fn has_member_of(&self, instance: InstanceId) -> bool {
-        self.state.lock().members.iter().any(|(_, member)| member.instance == instance)
+    /// Whether what waits here can be taken without this instance: by members of others, or by members to come.
+    pub fn is_shared_beyond(&self, instance: InstanceId) -> bool {
+        self.durable || self.state.lock().members.iter().any(|(_, member)| member.instance != instance)
     }
 
     /// Adds entries, in order. Beyond the bound the oldest are lost, and the next one handed over says how many: a caller that
@@ -350,14 +359,21 @@ impl DeliveryQueue {
         dropped
     }
 
-    /// Forgets what waits and was not handed over; members stay. What is held stays held.
-    pub fn clear(&self) {
-        {
+    /// Forgets what waits and does not pass; members stay, and what is held stays held. Returns how many were forgotten.
+    pub fn retain(&self, keep: impl Fn(&Event) -> bool) -> u64 {
+        let forgotten = {
             let mut state = self.state.lock();
-            state.forget_waiting();
-            self.len.store(0, Ordering::Release);
-        }
+            let before = state.waiting();
+            let keeps = |item: &Item| keep(&item.entry.event);
+            state.ready.retain(keeps);
+            state.returned.retain(keeps);
+            state.local.iter_mut().for_each(|(_, items)| items.retain(keeps));
+            state.delayed.retain(keeps);
+            self.len.store(state.bounded_len(), Ordering::Release);
+            before - state.waiting()
+        };
         self.finish(After { room: true, drained: true, ..After::default() });
+        forgotten
     }
 
     /// Takes back all that this instance's members hold, as if they had died: they are retries for the others, if there are
@@ -391,15 +407,24 @@ impl DeliveryQueue {
 
     /// Waits until [`is_drained`](Self::is_drained). Cancel safe.
     pub async fn drained(&self) {
+        self.when(|queue| queue.is_drained()).await;
+    }
+
+    /// Waits until this instance's [`burden`](Self::burden) is nothing. Cancel safe.
+    pub async fn relieved(&self, instance: InstanceId) {
+        self.when(|queue| queue.burden(instance) == (0, 0)).await;
+    }
+
+    async fn when(&self, reached: impl Fn(&Self) -> bool) {
         let _wanted = Wanted::new(&self.drain_wanted);
         loop {
-            let drained = self.drained.notified();
-            let mut drained = std::pin::pin!(drained);
-            drained.as_mut().enable();
-            if self.is_drained() {
+            let changed = self.drained.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            if reached(self) {
                 return;
             }
-            drained.await;
+            changed.await;
         }
     }
 
@@ -671,6 +696,7 @@ impl DeliveryQueue {
                 state.local.retain(|(instance, _)| *instance != member.instance);
                 self.len.store(state.bounded_len(), Ordering::Release);
             }
+            self.lossy.store(self.durable || state.is_lossy(), Ordering::Relaxed);
             if state.members.is_empty() && !self.durable {
                 self.end_state(state, &mut after);
             } else {
@@ -700,6 +726,11 @@ impl DeliveryQueue {
 }
 
 impl State {
+    /// Whether all members chose to lose the oldest: one that wants to lose nothing decides for all.
+    fn is_lossy(&self) -> bool {
+        !self.members.is_empty() && self.members.iter().all(|(_, member)| member.options.overflow == Overflow::DropOldest)
+    }
+
     fn local_of(&mut self, instance: InstanceId) -> &mut VecDeque<Item> {
         let place = self.local.iter().position(|(of, _)| *of == instance).unwrap_or_else(|| {
             self.local.push((instance, VecDeque::new()));

@@ -65,6 +65,11 @@ impl<T> RetryQueue<T> {
         self.heap = BinaryHeap::new();
     }
 
+    /// Forgets those that do not pass.
+    pub fn retain(&mut self, keep: impl Fn(&T) -> bool) {
+        self.heap.retain(|waiting| keep(&waiting.item));
+    }
+
     /// All that wait, in no order.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.heap.iter().map(|waiting| &waiting.item)

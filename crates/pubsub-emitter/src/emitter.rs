@@ -1,0 +1,335 @@
+//! The backend: one instance of an in-process bus.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use pubsub_core::machinery::{DeliveryQueue, InstanceId};
+use pubsub_core::{
+    Capabilities, Capability, Closed, Error, ErrorKind, Event, Groups, LeaseProvider, Page, Positions, PubSub, PublishError,
+    PublishOptions, REDRIVE_GROUP, Reach, Result, Retention, Start, Status, StatusWatch, SubscribeOptions, Subscription,
+    SubscriptionHandle, Topic, TopicStatus, TrimFilter,
+};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::EmitterBuilder;
+use crate::hub::Hub;
+use crate::inline::{Inline, InlineSubscription, check_depth};
+use crate::leases::InstanceLeases;
+use crate::topic::TopicState;
+
+/// An event bus within the process. Clones are the same instance; see the [crate](crate) for what it promises.
+#[derive(Clone)]
+pub struct EventEmitterPubSub(Arc<Instance>);
+
+struct Instance {
+    id: InstanceId,
+    hub: Arc<Hub>,
+    config: EmitterBuilder,
+    status: watch::Sender<Status>,
+    closed: watch::Sender<bool>,
+    attached: Mutex<Attached>,
+}
+
+/// What this instance has attached, so that closing can end it.
+#[derive(Default)]
+struct Attached {
+    subscriptions: HashMap<u64, (Arc<DeliveryQueue>, SubscriptionHandle)>,
+    inline: Vec<Weak<Inline>>,
+    /// Set once by the first `close`; says what it left when it has ended.
+    closing: Option<watch::Receiver<Option<Closed>>>,
+}
+
+impl Default for EventEmitterPubSub {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl EventEmitterPubSub {
+    /// A bus of its own, with the default configuration.
+    pub fn new() -> Self {
+        Self::builder().build().expect("the default configuration is valid")
+    }
+
+    /// An instance of the bus of this name, which is shared within the process.
+    ///
+    /// # Errors
+    /// `InvalidOption` if the name is empty.
+    pub fn named(name: impl AsRef<str>) -> Result<Self> {
+        Self::builder().name(name).build()
+    }
+
+    /// Configures an instance.
+    pub fn builder() -> EmitterBuilder {
+        EmitterBuilder::default()
+    }
+
+    /// Another instance on the same bus, configured alike: it receives what this one publishes, but for `local_only` events, and
+    /// is closed by itself.
+    #[must_use]
+    pub fn connect(&self) -> Self {
+        Self::on(self.0.hub.clone(), self.0.config.clone())
+    }
+
+    pub(crate) fn on(hub: Arc<Hub>, config: EmitterBuilder) -> Self {
+        let status = watch::Sender::new(Status::Connected);
+        let closed = watch::Sender::new(false);
+        Self(Arc::new(Instance { id: hub.number(), hub, config, status, closed, attached: Mutex::default() }))
+    }
+
+    /// Subscribes a handler that is called in the publisher's task, before its publish returns: the fastest way, without queue,
+    /// settlement, retry, filter or back-pressure (clause I1). It sees each publisher's events in order. A panic is caught and
+    /// logged.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub fn subscribe_inline(
+        &self,
+        topic: &Topic,
+        handler: impl Fn(&Arc<Event>) + Send + Sync + 'static,
+    ) -> Result<InlineSubscription> {
+        let Instance { id, hub, attached, .. } = &*self.0;
+        let inline = Inline::new(*id, handler);
+        {
+            let mut attached = attached.lock();
+            if attached.closing.is_some() {
+                return Err(Error::closed().during("subscribe_inline").on(topic));
+            }
+            attached.inline.retain(|inline| inline.strong_count() > 0);
+            attached.inline.push(Arc::downgrade(&inline));
+        }
+        hub.with_topic(topic, |state| state.attach_inline(inline.clone()));
+        Ok(InlineSubscription { inline, hub: hub.clone(), topic: topic.clone() })
+    }
+
+    /// The instance's number on its bus; `local_only` events stay with it.
+    fn only(&self, options: &PublishOptions) -> Option<InstanceId> {
+        options.local_only.then_some(self.0.id)
+    }
+
+    fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
+        if *self.0.closed.borrow() { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
+    }
+
+    /// Refuses what must not be published, and makes payloads plain JSON where they have to be. `None` leaves the events as they
+    /// are.
+    fn prepare(&self, events: &[Arc<Event>]) -> Result<Option<Vec<Arc<Event>>>> {
+        let EmitterBuilder { strict_payloads, max_payload, .. } = self.0.config;
+        for event in events {
+            if event.payload().is_live() {
+                let why = "a live value is published only with `local_only`";
+                return Err(Error::new(ErrorKind::NotSerializable(why.into())).on(event.id()));
+            }
+            if let Some(limit) = max_payload {
+                event.check_size(limit).map_err(|error| error.on(event.id()))?;
+            }
+        }
+        if !strict_payloads {
+            return Ok(None);
+        }
+        let strict = |event: &Arc<Event>| {
+            let payload = event.payload().strict().map_err(|error| error.on(event.id()))?;
+            Ok(Arc::new(Event::clone(event).with_payload(payload)))
+        };
+        events.iter().map(strict).collect::<Result<_>>().map(Some)
+    }
+
+    /// The slow way, when a queue is full or other publishers wait already.
+    async fn publish_waiting(
+        &self,
+        topic: &TopicState,
+        events: &[Arc<Event>],
+        taken: usize,
+        options: &PublishOptions,
+    ) -> Result<Positions, PublishError> {
+        let deadline = Instant::now() + options.timeout.unwrap_or(self.0.config.publish_timeout);
+        let only = self.only(options);
+        let mut closed = self.0.closed.subscribe();
+        let taken = AtomicUsize::new(taken); // shared by the closure and what follows; no other thread sees it
+        let offer = || {
+            let so_far = taken.load(Ordering::Relaxed);
+            let now = so_far + topic.offer(&events[so_far..], only);
+            taken.store(now, Ordering::Relaxed);
+            now == events.len()
+        };
+        let waiting = std::pin::pin!(topic.wait_for_room(deadline, offer));
+        let closing = std::pin::pin!(closed.wait_for(|closed| *closed));
+        let error = match futures::future::select(waiting, closing).await {
+            futures::future::Either::Left((true, _)) => return Ok(Positions::none()),
+            futures::future::Either::Left((false, _)) => ErrorKind::Full,
+            futures::future::Either::Right(_) => ErrorKind::Closed,
+        };
+        Err(PublishError::prefix_sent(error, taken.load(Ordering::Relaxed), events.len()))
+    }
+}
+
+#[async_trait]
+impl PubSub for EventEmitterPubSub {
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::in_process();
+        capabilities.dead_letter_history = true;
+        capabilities.max_payload = self.0.config.max_payload;
+        capabilities.leases = Some(Reach::Process);
+        capabilities.strict_payloads = self.0.config.strict_payloads;
+        capabilities
+    }
+
+    async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
+        let refuse = |error: Error| PublishError::none_sent(error.during("publish").on(topic), events.len());
+        self.check_open("publish", topic).and_then(|()| options.validate()).and_then(|()| check_depth()).map_err(refuse)?;
+        let prepared = if options.local_only { None } else { self.prepare(events).map_err(refuse)? };
+        let events = prepared.as_deref().unwrap_or(events);
+        let Some(state) = self.0.hub.topic(topic) else { return Ok(Positions::none()) };
+        let taken = if state.has_queue_of_publishers() { 0 } else { state.offer(events, self.only(&options)) };
+        if taken == events.len() {
+            return Ok(Positions::none());
+        }
+        // Boxed, so that the common way does not pay for the size of this one.
+        Box::pin(self.publish_waiting(&state, events, taken, &options)).await
+    }
+
+    async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
+        self.check_open("subscribe", topic)?;
+        let Instance { id, hub, attached, .. } = &*self.0;
+        let redrives = options.group.as_ref().is_some_and(|group| group.as_str() == REDRIVE_GROUP);
+        let mut capabilities = self.capabilities();
+        let keeps_letters = redrives || hub.topic(topic).is_some_and(|state| state.keeps_letters());
+        if keeps_letters && options.group.is_some() {
+            (capabilities.groups, capabilities.retention) = (Groups::Durable, Retention::History);
+        }
+        options.validate(topic, &capabilities)?;
+
+        let number = hub.number();
+        let instance = Arc::downgrade(&self.0);
+        let (end_hub, end_topics) = (hub.clone(), [Some(topic.clone()), options.dead_letter.clone()]);
+        let on_end = move || {
+            if let Some(instance) = instance.upgrade() {
+                instance.attached.lock().subscriptions.remove(&number);
+            }
+            end_topics.iter().flatten().for_each(|topic| end_hub.tidy(topic));
+        };
+        let mut attached = attached.lock();
+        if attached.closing.is_some() {
+            return Err(Error::closed().during("subscribe").on(topic));
+        }
+        if let Some(dead_letter) = &options.dead_letter {
+            hub.with_topic(dead_letter, |state| state.keep_letters(hub));
+        }
+        let attach = |state: &Arc<TopicState>| {
+            if redrives {
+                state.keep_letters(hub);
+            }
+            state.subscribe(hub, *id, options, Arc::new(on_end))
+        };
+        match hub.with_topic(topic, attach) {
+            Ok((queue, subscription)) => {
+                attached.subscriptions.insert(number, (queue, subscription.handle()));
+                Ok(subscription)
+            }
+            Err(error) => {
+                hub.tidy(topic);
+                Err(error.during("subscribe").on(topic))
+            }
+        }
+    }
+
+    async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
+        self.check_open("history", topic)?;
+        let kept = self.0.hub.topic(topic).and_then(|state| state.history(&from, limit));
+        let page = kept.unwrap_or_else(|| Err(Error::unsupported(Capability::History)));
+        page.map_err(|error| error.during("history").on(topic))
+    }
+
+    async fn clear_topic(&self, topic: &Topic) -> Result<()> {
+        self.check_open("clear_topic", topic)?;
+        if let Some(state) = self.0.hub.topic(topic) {
+            state.clear(&self.0.hub);
+        }
+        Ok(())
+    }
+
+    async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
+        self.check_open("trim_topic", topic)?;
+        Ok(self.0.hub.topic(topic).map_or(0, |state| state.trim(&filter)))
+    }
+
+    async fn inspect(&self, topic: &Topic) -> Result<TopicStatus> {
+        self.check_open("inspect", topic)?;
+        let nothing = || {
+            let mut status = TopicStatus::default();
+            (status.retained, status.fan_out) = (Some(0), Some(0));
+            status
+        };
+        Ok(self.0.hub.topic(topic).map_or_else(nothing, |state| state.inspect()))
+    }
+
+    fn status(&self) -> StatusWatch {
+        StatusWatch::new(self.0.status.subscribe())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        // Publishes and settlements are done when their calls have returned.
+        Ok(())
+    }
+
+    async fn close(&self, within: Duration) -> Result<Closed> {
+        let mut ended = {
+            let mut attached = self.0.attached.lock();
+            match &attached.closing {
+                Some(ended) => ended.clone(),
+                None => {
+                    let (tell, ended) = watch::channel(None);
+                    attached.closing = Some(ended.clone());
+                    self.0.closed.send_replace(true);
+                    self.0.status.send_replace(Status::Closed);
+                    let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
+                    attached.inline.drain(..).filter_map(|inline| inline.upgrade()).for_each(|inline| inline.end());
+                    drop(attached);
+                    // A task of its own, bounded by its time: the caller may go away.
+                    let id = self.0.id;
+                    tokio::spawn(async move { tell.send_replace(Some(end(id, &subscriptions, within).await)) });
+                    ended
+                }
+            }
+        };
+        // The task tells before it ends; it is cut off only with its runtime, and then there is nobody to tell.
+        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?;
+        Ok(closed.unwrap_or_default())
+    }
+
+    fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
+        let Instance { hub, closed, .. } = &*self.0;
+        Some(Arc::new(InstanceLeases::new(hub.leases().clone(), closed.subscribe())))
+    }
+}
+
+/// Drains an instance's subscriptions within the time, then ends them. What others share and can take is left to them at once.
+async fn end(id: InstanceId, subscriptions: &[(Arc<DeliveryQueue>, SubscriptionHandle)], within: Duration) -> Closed {
+    for (queue, handle) in subscriptions {
+        if queue.is_shared_beyond(id) {
+            handle.stop();
+        }
+    }
+    let relieved = futures::future::join_all(subscriptions.iter().map(|(queue, _)| queue.relieved(id)));
+    drop(tokio::time::timeout(within, relieved).await);
+    let mut closed = Closed::default();
+    // A group with several members here is one queue: it is counted with the first.
+    for (queue, handle) in subscriptions {
+        closed.released += queue.burden(id).1;
+        closed.cut_off += queue.revoke(id);
+        handle.stop();
+    }
+    closed
+}
+
+impl fmt::Debug for EventEmitterPubSub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventEmitterPubSub").field("instance", &self.0.id).field("hub", &self.0.hub).finish_non_exhaustive()
+    }
+}

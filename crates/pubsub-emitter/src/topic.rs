@@ -1,0 +1,347 @@
+//! One topic: who is attached to it, and the letters it keeps if it is a dead-letter topic.
+//!
+//! Lock order: the hub's map of topics, then a topic's `attached`, then a queue's state. User code (inline handlers, wakers) is
+//! called without any of them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Waker;
+
+use parking_lot::Mutex;
+use pubsub_core::machinery::{DeliveryQueue, Entry, InstanceId, Timer, Wakers};
+use pubsub_core::{
+    Capability, Cursor, Error, ErrorKind, Event, Gap, Group, GroupStatus, OnGap, Page, Position, Result, Scope, Start,
+    SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
+};
+use tokio::time::Instant;
+
+use crate::hub::Hub;
+use crate::inline::{Inline, call};
+
+pub(crate) struct TopicState {
+    topic: Topic,
+    attached: Mutex<Attached>,
+    /// Publishers that found a queue full and take turns in `lane`.
+    waiting: AtomicUsize,
+    lane: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Attached {
+    fan_out: Vec<(InstanceId, Arc<DeliveryQueue>)>,
+    groups: Vec<Arc<DeliveryQueue>>,
+    /// Replaced as a whole, so that a publisher calls the handlers without a lock.
+    inline: Arc<[Arc<Inline>]>,
+    letters: Option<Letters>,
+}
+
+/// What a dead-letter topic keeps.
+struct Letters {
+    scope: Arc<Scope>,
+    kept: VecDeque<(u64, Arc<Event>)>,
+    next: u64,
+    retention: usize,
+}
+
+impl TopicState {
+    pub(crate) fn new(topic: Topic) -> Self {
+        Self { topic, attached: Mutex::default(), waiting: AtomicUsize::new(0), lane: tokio::sync::Mutex::default() }
+    }
+
+    /// Whether publishers wait for room: others must not overtake them.
+    pub(crate) fn has_queue_of_publishers(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    /// Gives as many of the events, in order, as every queue has room for, to all; then calls inline handlers with them. Events
+    /// `only` for one instance go to that instance's subscriptions. Returns how many were taken.
+    pub(crate) fn offer(&self, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
+        let mut wakers = Wakers::new();
+        let (taken, inline) = {
+            let attached = self.attached.lock();
+            let taken = attached.room(only).min(events.len());
+            for queue in attached.queues(only) {
+                queue.push(entries(&events[..taken], only), &mut wakers);
+            }
+            (taken, (!attached.inline.is_empty()).then(|| attached.inline.clone()))
+        };
+        wakers.into_iter().for_each(Waker::wake);
+        if let Some(inline) = inline {
+            call(&inline, &self.topic, &events[..taken], only);
+        }
+        taken
+    }
+
+    /// Waits in turn until `offer` says that all has been taken; false if the deadline comes first. Cancel safe.
+    pub(crate) async fn wait_for_room(&self, deadline: Instant, mut offer: impl FnMut() -> bool) -> bool {
+        let _waiting = Waiting::new(&self.waiting);
+        let in_turn = async {
+            let _turn = self.lane.lock().await;
+            while !offer() {
+                // One full queue is enough to wait for: the others are looked at again when it has room.
+                let full = self.attached.lock().full();
+                if let Some(queue) = full {
+                    queue.room_freed().await;
+                }
+            }
+        };
+        tokio::time::timeout_at(deadline, in_turn).await.is_ok()
+    }
+
+    /// Attaches a subscription. Called under the hub's lock on its topics.
+    pub(crate) fn subscribe(
+        self: &Arc<Self>,
+        hub: &Arc<Hub>,
+        instance: InstanceId,
+        options: SubscribeOptions,
+        on_end: Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<(Arc<DeliveryQueue>, Subscription)> {
+        let timer = hub.timer()?;
+        let ended = |on_end: &Arc<dyn Fn() + Send + Sync>| {
+            let on_end = on_end.clone();
+            move || on_end()
+        };
+        let mut attached = self.attached.lock();
+        let Some(group) = options.group.clone() else {
+            let queue = DeliveryQueue::fan_out(self.topic.clone(), timer, hub.sink());
+            let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
+            attached.fan_out.push((instance, queue.clone()));
+            return Ok((queue, subscription));
+        };
+        // A group whose last member has just left has ended, and refuses: a new one takes its place.
+        for queue in attached.groups.iter().filter(|queue| queue.group_name() == Some(&group)) {
+            if let Some(subscription) = queue.join(instance, options.clone(), ended(&on_end)) {
+                return Ok((queue.clone(), subscription));
+            }
+        }
+        let queue = attached.new_group(hub, &self.topic, group, &options, timer)?;
+        let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
+        attached.groups.push(queue.clone());
+        Ok((queue, subscription))
+    }
+
+    /// Attaches an inline handler. Called under the hub's lock on its topics.
+    pub(crate) fn attach_inline(&self, inline: Arc<Inline>) {
+        let mut attached = self.attached.lock();
+        attached.inline = attached.inline.iter().cloned().chain([inline]).collect();
+    }
+
+    /// Makes the topic a dead-letter topic. Called under the hub's lock on its topics.
+    pub(crate) fn keep_letters(&self, hub: &Hub) {
+        self.attached.lock().letters(hub);
+    }
+
+    /// Whether the topic is a dead-letter topic.
+    pub(crate) fn keeps_letters(&self) -> bool {
+        self.attached.lock().letters.is_some()
+    }
+
+    /// Keeps a dead letter, for history and durable groups.
+    pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) {
+        let mut wakers = Wakers::new();
+        {
+            let mut attached = self.attached.lock();
+            let letters = attached.letters(hub);
+            let place = (letters.scope.clone(), Position::from(letters.next));
+            letters.kept.push_back((letters.next, letter.clone()));
+            letters.next += 1;
+            if letters.kept.len() > letters.retention {
+                letters.kept.pop_front();
+            }
+            for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
+                queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut wakers);
+            }
+        }
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Gives a dead letter to those who listen and are not durable; false if one of them has no room.
+    pub(crate) fn offer_letter(&self, letter: &Arc<Event>) -> bool {
+        let mut wakers = Wakers::new();
+        let inline = {
+            let attached = self.attached.lock();
+            if attached.room(None) == 0 {
+                return false;
+            }
+            for queue in attached.queues(None).filter(|queue| !queue.is_durable()) {
+                queue.push(entries(std::slice::from_ref(letter), None), &mut wakers);
+            }
+            attached.inline.clone()
+        };
+        wakers.into_iter().for_each(Waker::wake);
+        call(&inline, &self.topic, std::slice::from_ref(letter), None);
+        true
+    }
+
+    /// What is kept, oldest first; none if this is no dead-letter topic.
+    pub(crate) fn history(&self, from: &Start, limit: usize) -> Option<Result<Page>> {
+        self.attached.lock().letters.as_ref().map(|letters| letters.page(from, limit))
+    }
+
+    /// Forgets what is kept. Subscriptions live on.
+    pub(crate) fn clear(&self, hub: &Hub) {
+        let queues: Vec<_> = {
+            let mut attached = self.attached.lock();
+            let Some(letters) = &mut attached.letters else { return };
+            *letters = Letters::new(hub);
+            attached.durable().collect()
+        };
+        for queue in queues {
+            queue.retain(|_| false);
+        }
+    }
+
+    /// Forgets what is kept and matches, and returns how many.
+    pub(crate) fn trim(&self, filter: &TrimFilter) -> u64 {
+        let (queues, trimmed): (Vec<_>, _) = {
+            let mut attached = self.attached.lock();
+            let Some(letters) = &mut attached.letters else { return 0 };
+            let before = letters.kept.len();
+            letters.kept.retain(|(_, letter)| !filter.matches(letter));
+            let trimmed = before - letters.kept.len();
+            (attached.durable().collect(), trimmed as u64)
+        };
+        for queue in queues {
+            queue.retain(|event| !filter.matches(event));
+        }
+        trimmed
+    }
+
+    pub(crate) fn inspect(&self) -> TopicStatus {
+        let attached = self.attached.lock();
+        let mut status = TopicStatus::default();
+        status.retained = Some(attached.letters.as_ref().map_or(0, |letters| letters.kept.len() as u64));
+        status.fan_out = Some((attached.fan_out.len() + attached.inline.len()) as u64);
+        for queue in &attached.groups {
+            let Some(name) = queue.group_name().filter(|_| !queue.is_ended()) else { continue };
+            let queue = queue.status();
+            let mut group = GroupStatus::new(name.clone());
+            (group.waiting, group.held, group.oldest) = (Some(queue.waiting), Some(queue.held), queue.oldest);
+            group.members = Some(queue.members);
+            status.groups.push(group);
+        }
+        status
+    }
+
+    /// Forgets what has ended; true if that leaves nothing. Called under the hub's lock on its topics.
+    pub(crate) fn tidy(&self) -> bool {
+        let mut attached = self.attached.lock();
+        attached.fan_out.retain(|(_, queue)| !queue.is_ended());
+        attached.groups.retain(|queue| !queue.is_ended());
+        if attached.inline.iter().any(|inline| inline.has_ended()) {
+            attached.inline = attached.inline.iter().filter(|inline| !inline.has_ended()).cloned().collect();
+        }
+        if attached.letters.as_ref().is_none_or(|letters| letters.kept.is_empty()) {
+            // Nothing is kept that a durable group could have a place in.
+            attached.groups.retain(|queue| queue.status().members > 0 || !queue.is_drained());
+            return attached.fan_out.is_empty() && attached.groups.is_empty() && attached.inline.is_empty();
+        }
+        false
+    }
+}
+
+impl Attached {
+    /// The queues that events `only` for one instance, or for all, go to.
+    fn queues(&self, only: Option<InstanceId>) -> impl Iterator<Item = &Arc<DeliveryQueue>> {
+        let fan_out = self.fan_out.iter().filter(move |(instance, _)| only.is_none_or(|only| only == *instance));
+        fan_out.map(|(_, queue)| queue).chain(&self.groups)
+    }
+
+    fn room(&self, only: Option<InstanceId>) -> usize {
+        self.queues(only).map(|queue| queue.room()).min().unwrap_or(usize::MAX)
+    }
+
+    fn full(&self) -> Option<Arc<DeliveryQueue>> {
+        self.queues(None).find(|queue| queue.room() == 0).cloned()
+    }
+
+    fn durable(&self) -> impl Iterator<Item = Arc<DeliveryQueue>> {
+        self.groups.iter().filter(|queue| queue.is_durable()).cloned()
+    }
+
+    fn letters(&mut self, hub: &Hub) -> &mut Letters {
+        self.letters.get_or_insert_with(|| Letters::new(hub))
+    }
+
+    /// A group on a dead-letter topic is durable and starts with what is kept; any other begins empty.
+    fn new_group(
+        &mut self,
+        hub: &Hub,
+        topic: &Topic,
+        group: Group,
+        options: &SubscribeOptions,
+        timer: Arc<Timer>,
+    ) -> Result<Arc<DeliveryQueue>> {
+        let Some(letters) = &self.letters else {
+            return Ok(DeliveryQueue::group(topic.clone(), group, timer, hub.sink()));
+        };
+        let from = letters.start(options.start.as_ref().unwrap_or(&Start::Earliest), options.on_gap)?;
+        let queue = DeliveryQueue::durable_group(topic.clone(), group, letters.retention, timer, hub.sink());
+        let place = |number: u64| Some((letters.scope.clone(), Position::from(number)));
+        let backlog = letters.kept.iter().filter(|(number, _)| *number >= from);
+        let backlog = backlog.map(|(number, letter)| Entry { place: place(*number), ..Entry::new(letter.clone()) });
+        queue.push(backlog, &mut Wakers::new()); // nobody waits on a new queue
+        Ok(queue)
+    }
+}
+
+fn entries(events: &[Arc<Event>], only: Option<InstanceId>) -> impl Iterator<Item = Entry> + '_ {
+    events.iter().map(move |event| Entry { only, ..Entry::new(event.clone()) })
+}
+
+impl Letters {
+    /// Nothing kept yet, in a generation of its own.
+    fn new(hub: &Hub) -> Self {
+        let generation = hub.number().to_string();
+        let scope = Scope::new(hub.id(), generation).expect("a uuid and a number make a scope");
+        Self { scope: Arc::new(scope), kept: VecDeque::new(), next: 0, retention: hub.retention() }
+    }
+
+    /// The number of the first letter from a start on.
+    fn start(&self, start: &Start, on_gap: OnGap) -> Result<u64> {
+        let floor = self.kept.front().map_or(self.next, |(number, _)| *number);
+        let gap = match start {
+            Start::Latest => return Ok(self.next),
+            Start::Earliest => return Ok(floor),
+            Start::Index(_) => return Err(Error::unsupported(Capability::Index)),
+            Start::After(cursor) => match self.scope.admits(cursor) {
+                Ok(Position { major, .. }) if major >= self.next => Gap::Ahead,
+                Ok(Position { major, .. }) if major + 1 < floor => Gap::Trimmed { missed: Some(floor - major - 1) },
+                Ok(Position { major, .. }) => return Ok(major + 1),
+                Err(gap) => gap,
+            },
+        };
+        match on_gap {
+            OnGap::Earliest => Ok(floor),
+            OnGap::Fail => Err(ErrorKind::Gap(gap).into()),
+        }
+    }
+
+    fn page(&self, from: &Start, limit: usize) -> Result<Page> {
+        let from = self.start(from, OnGap::Fail)?;
+        let cursor = |number: u64| Cursor::new(self.scope.clone(), number);
+        let mut rest = self.kept.iter().filter(|(number, _)| *number >= from);
+        let entries: Vec<_> = rest.by_ref().take(limit).map(|(number, letter)| (cursor(*number), letter.clone())).collect();
+        let next = rest.next().and(entries.last()).map(|(last, _)| last.clone());
+        let floor = self.kept.front().map(|(number, _)| cursor(*number));
+        let head = self.kept.back().map(|(number, _)| cursor(*number));
+        Ok(Page { entries, next, floor, head })
+    }
+}
+
+/// Counts a publisher as waiting.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}

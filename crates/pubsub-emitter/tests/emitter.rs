@@ -1,0 +1,185 @@
+//! What is particular to the in-process bus; what all backends share is the conformance suite's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::{FutureExt, StreamExt};
+use pubsub_core::{
+    Bus, ErrorKind, Event, Failure, Fate, Group, Origin, Payload, PubSub, PublishOptions, RetryPolicy, Settled, Start,
+    SubscribeOptions, Topic,
+};
+use pubsub_emitter::EventEmitterPubSub;
+
+fn topic(name: &str) -> Topic {
+    Topic::new(name).unwrap()
+}
+
+fn group(name: &str) -> SubscribeOptions {
+    SubscribeOptions::group(Group::new(name).unwrap())
+}
+
+fn fast(attempts: u32) -> RetryPolicy {
+    RetryPolicy::new().max_attempts(attempts).backoff(Duration::from_millis(5), Duration::from_millis(5))
+}
+
+#[tokio::test]
+async fn fan_out_and_groups_each_get_their_own() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let (mut a, mut b) = (bus.subscribe("t").await.unwrap(), bus.subscribe("t").await.unwrap());
+    let (mut m, mut n) = (bus.subscribe_group("t", "g").await.unwrap(), bus.subscribe_group("t", "g").await.unwrap());
+    for i in 0..2_u32 {
+        bus.publish_data("t", "x", i).await.unwrap();
+    }
+    for i in 0..2 {
+        assert_eq!(*a.next().await.unwrap().unwrap().data::<u32>().unwrap(), i);
+        assert_eq!(*b.next().await.unwrap().unwrap().data::<u32>().unwrap(), i);
+    }
+    let (first, second) = (m.next().await.unwrap().unwrap(), n.next().await.unwrap().unwrap());
+    assert_eq!((*first.data::<u32>().unwrap(), *second.data::<u32>().unwrap()), (0, 1));
+    assert_eq!((first.done().await, second.done().await), (Settled::Done, Settled::Done));
+    assert!(m.next().now_or_never().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_queue_makes_publish_wait_and_then_fail_with_its_events_unsent() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let mut other = bus.subscribe("t").await.unwrap();
+    let mut stuck = bus.subscribe_with("t", SubscribeOptions::fan_out().prefetch(2)).await.unwrap();
+    let events: Vec<_> = (0..5).map(|i| Arc::new(Event::new("x").with_data(i))).collect();
+    let error = bus.publish_with("t", &events, PublishOptions::new()).await.unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::Full);
+    let taken = error.fates().iter().filter(|fate| **fate == Fate::Published).count();
+    assert!(taken > 0 && taken <= 2, "{taken}");
+    // What was not sent reached nobody.
+    for i in 0..taken {
+        assert_eq!(*other.next().await.unwrap().unwrap().data::<i32>().unwrap(), i as i32);
+    }
+    assert!(other.next().now_or_never().is_none());
+    // Room frees a waiting publisher, and what it could not send before goes out in order.
+    let again: Vec<_> = error.unpublished().map(|i| events[i].clone()).collect();
+    let publish = bus.publish_with("t", &again, PublishOptions::new());
+    let read = async {
+        let mut seen = Vec::new();
+        while seen.len() < 5 {
+            seen.push(*stuck.next().await.unwrap().unwrap().data::<i32>().unwrap());
+        }
+        seen
+    };
+    let (published, seen) = futures::join!(publish, read);
+    published.unwrap();
+    assert_eq!(seen, [0, 1, 2, 3, 4]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_keeps_failing_is_dead_lettered_listed_and_redriven_once() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let options = group("g").retry(fast(3)).dead_letter(topic("dead"));
+    let worker = bus.on("t", options, 1, async |_| Err(Failure::retry("boom"))).await.unwrap();
+    let event = Arc::new(Event::new("x").with_run_id("r").with_data(7_u32));
+    bus.publish("t", event.clone()).await.unwrap();
+    worker.handle().drained().await;
+    let page = bus.history("dead", Start::Earliest, 10).await.unwrap();
+    let origin = Origin::of(&page.entries[0].1).unwrap();
+    assert_eq!((page.entries.len(), origin.attempts, origin.reason.as_str()), (1, 3, "boom"));
+    assert_eq!((origin.event, origin.topic), (event.id().to_string(), topic("t")));
+
+    let mut back = bus.subscribe("again").await.unwrap();
+    assert_eq!(bus.redrive_to("dead", "again").await.unwrap().done, 1);
+    assert_eq!(bus.redrive_to("dead", "again").await.unwrap().done, 0);
+    let redriven = back.next().await.unwrap().unwrap();
+    assert_eq!((*redriven.data::<u32>().unwrap(), redriven.event().run_id()), (7, "r"));
+    assert!(back.next().now_or_never().is_none());
+
+    bus.clear_topic("dead").await.unwrap();
+    assert!(bus.history("dead", Start::Earliest, 10).await.unwrap().entries.is_empty());
+    let gone = bus.history("dead", Start::After(page.entries[0].0.clone()), 1).await.unwrap_err();
+    assert!(matches!(gone.kind(), ErrorKind::Gap(pubsub_core::Gap::OtherGeneration)));
+}
+
+#[tokio::test]
+async fn local_only_events_stay_with_their_instance_and_may_be_live() {
+    let here = EventEmitterPubSub::new();
+    let there = here.connect();
+    let (here, there) = (Bus::from(here), Bus::from(there));
+    let (mut a, mut b) = (here.subscribe("t").await.unwrap(), there.subscribe("t").await.unwrap());
+    let mut remote_member = there.subscribe_group("t", "g").await.unwrap();
+    let value = Arc::new(AtomicUsize::new(3));
+    let event = Arc::new(Event::new("x").with_payload(Payload::live(value.clone())));
+    let refused = here.publish("t", event.clone()).await.unwrap_err();
+    assert!(matches!(refused.kind(), ErrorKind::NotSerializable(_)));
+    here.publish_with("t", &[event], PublishOptions::local_only()).await.unwrap();
+    here.publish_data("t", "fence", ()).await.unwrap();
+    let live = a.next().await.unwrap().unwrap();
+    assert_eq!(live.event().payload().get_live::<AtomicUsize>().unwrap().load(Ordering::Relaxed), 3);
+    assert_eq!(b.next().await.unwrap().unwrap().event().event_type(), "fence");
+    assert_eq!(remote_member.next().await.unwrap().unwrap().event().event_type(), "fence");
+}
+
+#[tokio::test]
+async fn inline_handlers_run_in_the_publishers_task_and_recursion_ends() {
+    let emitter = EventEmitterPubSub::new();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let (again, counted, at) = (emitter.clone(), calls.clone(), topic("t"));
+    let inline = emitter.subscribe_inline(&topic("t"), move |event| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        let nested = again.publish(&at, std::slice::from_ref(event), PublishOptions::new()).now_or_never().unwrap();
+        if let Err(error) = nested {
+            assert!(matches!(error.kind(), ErrorKind::Recursion { limit: pubsub_emitter::MAX_INLINE_DEPTH }));
+            panic!("a panic concerns nobody else");
+        }
+    });
+    let event = [Arc::new(Event::new("x"))];
+    emitter.publish(&topic("t"), &event, PublishOptions::new()).await.unwrap();
+    assert_eq!(calls.load(Ordering::Relaxed), pubsub_emitter::MAX_INLINE_DEPTH);
+    drop(inline);
+    emitter.publish(&topic("t"), &event, PublishOptions::new()).await.unwrap();
+    assert_eq!(calls.load(Ordering::Relaxed), pubsub_emitter::MAX_INLINE_DEPTH);
+}
+
+#[tokio::test(start_paused = true)]
+async fn close_drains_then_cuts_off_and_late_settlements_are_told() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let mut worker = bus.subscribe_group("t", "g").await.unwrap();
+    for i in 0..3 {
+        bus.publish_data("t", "x", i).await.unwrap();
+    }
+    let held = worker.next().await.unwrap().unwrap();
+    let (closed, also) = futures::join!(bus.close(Duration::from_secs(1)), bus.close(Duration::from_secs(60)));
+    let closed = closed.unwrap();
+    assert_eq!((closed.released, closed.cut_off, closed), (2, 1, also.unwrap()));
+    assert_eq!(held.done().await, Settled::TooLate);
+    assert!(worker.next().await.is_none());
+    assert_eq!(*bus.publish_data("t", "x", 1).await.unwrap_err().kind(), ErrorKind::Closed);
+    assert!(bus.subscribe("t").await.unwrap_err().is_closed());
+}
+
+#[tokio::test]
+async fn names_are_shared_within_the_process_while_somebody_holds_them() {
+    let bus = Bus::from(EventEmitterPubSub::named("names-are-shared").unwrap());
+    let mut subscription = bus.subscribe("t").await.unwrap();
+    let other = Bus::from(EventEmitterPubSub::named("names-are-shared").unwrap());
+    other.publish_data("t", "x", 1).await.unwrap();
+    assert!(subscription.next().await.unwrap().is_ok());
+    let differs = EventEmitterPubSub::builder().name("names-are-shared").dead_letter_retention(7).build();
+    assert!(
+        matches!(differs.unwrap_err().kind(), ErrorKind::InvalidOption { option, .. } if option == "dead_letter_retention")
+    );
+    drop((bus, other, subscription));
+    EventEmitterPubSub::builder().name("names-are-shared").dead_letter_retention(7).build().unwrap();
+}
+
+#[tokio::test]
+async fn dropping_everything_leaves_no_task_and_subscriptions_outlive_the_handle() {
+    let metrics = tokio::runtime::Handle::current().metrics();
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let publisher = bus.clone();
+    let mut subscription = bus.subscribe_with("t", group("g").retry(fast(5))).await.unwrap();
+    publisher.publish_data("t", "x", 1).await.unwrap();
+    drop((bus, publisher));
+    subscription.next().await.unwrap().unwrap().retry();
+    assert_eq!(subscription.next().await.unwrap().unwrap().attempt(), 2);
+    drop(subscription);
+    tokio::task::yield_now().await;
+    assert_eq!(metrics.num_alive_tasks(), 0);
+}
