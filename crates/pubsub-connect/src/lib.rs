@@ -1,1 +1,55 @@
+//! A bus from a URL, so that which backend carries the events is a matter of configuration.
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> pubsub_core::Result<()> {
+//! let bus = pubsub_connect::connect("memory:jobs?publish_timeout=2s&max_payload=64KiB").await?;
+//! bus.publish_data("orders", "order.placed", 42).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Schemes
+//!
+//! | URL | bus | cargo feature |
+//! | --- | --- | --- |
+//! | `memory:` | within the process, of its own | `memory` (default) |
+//! | `memory:NAME` | within the process, shared by all who connect to that name | `memory` (default) |
+//!
+//! Backends of your own join by a [`Registry`].
+//!
+//! # Options
+//!
+//! They follow a `?`, under the names and with the defaults of the backend's builder; see [`BusUrl`] for how values are written.
+//! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`. Every URL takes
+//!
+//! - `leases=URL`: leases come from another bus (clause L4), which is connected too and closed with this one. The URL is
+//!   percent-encoded, so that its own options stay its own; buses lend to each other at most [`MAX_NESTING`] deep.
+//!
+//! An option that nobody knows is refused, with the nearest that is known.
+//!
+//! # Secrets
+//!
+//! User names, passwords and the values of unknown options appear in no error, no `Debug` output and no log.
 
+mod leases;
+#[cfg(feature = "memory")]
+mod memory;
+mod nearest;
+mod registry;
+mod url;
+
+use pubsub_core::{Bus, Result};
+
+pub use registry::{MAX_NESTING, Registry};
+pub use url::{Authority, BusUrl, MAX_URL};
+
+/// Connects to the bus a URL names, with the backends this crate was built with.
+///
+/// Dropping the future leaves nothing connected.
+///
+/// # Errors
+/// `InvalidOption` names the option that is at fault, or `url`; else what the backend's own connecting fails with.
+pub async fn connect(url: &str) -> Result<Bus> {
+    Registry::with_defaults().connect(url).await
+}

@@ -182,7 +182,6 @@ pub struct Batcher<T> {
     buffer: VecDeque<Entry<T>>,
     /// Entries that are not immediate.
     counted: usize,
-    first_at: Option<Instant>,
     last_out: Option<Instant>,
     flush: bool,
 }
@@ -190,6 +189,7 @@ pub struct Batcher<T> {
 struct Entry<T> {
     item: T,
     immediate: bool,
+    came: Instant,
 }
 
 /// What to do with a batch policy's buffer now.
@@ -210,7 +210,7 @@ impl<T: AsRef<Event>> Batcher<T> {
     /// Those of [`BatchPolicy::validate`].
     pub fn new(policy: BatchPolicy) -> Result<Self> {
         policy.validate()?;
-        Ok(Self { policy, buffer: VecDeque::new(), counted: 0, first_at: None, last_out: None, flush: false })
+        Ok(Self { policy, buffer: VecDeque::new(), counted: 0, last_out: None, flush: false })
     }
 
     /// How many events wait.
@@ -238,8 +238,7 @@ impl<T: AsRef<Event>> Batcher<T> {
             }
         }
         self.counted += usize::from(!immediate);
-        self.first_at.get_or_insert(now);
-        self.buffer.push_back(Entry { item, immediate });
+        self.buffer.push_back(Entry { item, immediate, came: now });
         dropped
     }
 
@@ -250,12 +249,12 @@ impl<T: AsRef<Event>> Batcher<T> {
 
     /// Whether a batch is due.
     pub fn due(&self, now: Instant) -> Due {
-        let Some(first_at) = self.first_at else { return Due::Idle };
+        let Some(first) = self.buffer.front() else { return Due::Idle };
         if self.flush {
             return Due::Now;
         }
         let full = self.counted >= self.policy.max_size || self.buffer.iter().any(|entry| entry.immediate);
-        let wanted = if full { Some(first_at) } else { self.policy.max_wait.map(|wait| first_at + wait) };
+        let wanted = if full { Some(first.came) } else { self.policy.max_wait.map(|wait| first.came + wait) };
         let Some(wanted) = wanted else { return Due::Idle };
         let at = self.last_out.map_or(wanted, |last| wanted.max(last + self.policy.min_interval));
         if at <= now { Due::Now } else { Due::At(at) }
@@ -280,7 +279,6 @@ impl<T: AsRef<Event>> Batcher<T> {
         let batch: Vec<T> = self.buffer.drain(..end).map(|entry| entry.item).collect();
         self.counted = self.buffer.iter().filter(|entry| !entry.immediate).count();
         self.flush = false;
-        self.first_at = (!self.buffer.is_empty()).then_some(now);
         if !batch.is_empty() {
             self.last_out = Some(now);
         }
@@ -481,10 +479,16 @@ impl Stream for Batches {
                 }
                 continue;
             }
-            match this.subscription.poll_delivery(cx, mode) {
+            // Immediate events are not dropped, and where hand-over settles nothing else would hold the source back.
+            let most = this.batcher.policy.max_buffer_size.max(this.subscription.options().max_in_flight);
+            let full = this.batcher.len() >= most;
+            let next = if full { Poll::Pending } else { this.subscription.poll_delivery(cx, mode) };
+            match next {
                 Poll::Ready(Some(Ok(delivery))) => settle_dropped(this.batcher.push(Instant::now(), delivery)),
                 Poll::Ready(Some(Err(error))) => this.end = Some(Err(error)),
                 Poll::Ready(None) => this.end = Some(Ok(())),
+                // Whoever waits for the subscription to drain waits for retries too, and for the batches they come back in.
+                Poll::Pending if this.nudge.is_draining() && !this.batcher.is_empty() => this.batcher.flush(),
                 Poll::Pending => match due {
                     Due::At(at) if this.poll_clock(cx, at).is_ready() => {}
                     _ => return Poll::Pending,

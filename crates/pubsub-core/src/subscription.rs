@@ -1,9 +1,10 @@
 //! One consumer's view of a topic: a stream of deliveries, and handles to stop and watch it.
 
 use std::fmt;
+use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use async_trait::async_trait;
@@ -52,6 +53,8 @@ pub struct Subscription {
     source: Box<dyn Source>,
     handle: SubscriptionHandle,
     options: Arc<SubscribeOptions>,
+    /// Lost before deliveries that the filter rejected, and not told yet.
+    lagged: u64,
     ended: bool,
 }
 
@@ -59,7 +62,7 @@ impl Subscription {
     /// A subscription over a backend's source; for backends.
     pub fn new(topic: Topic, options: SubscribeOptions, source: Box<dyn Source>, control: Arc<dyn Control>) -> Self {
         let handle = SubscriptionHandle(Arc::new(Shared { topic, control, nudge: Arc::default() }));
-        Self { source, handle, options: Arc::new(options), ended: false }
+        Self { source, handle, options: Arc::new(options), lagged: 0, ended: false }
     }
 
     /// The topic it is on.
@@ -113,9 +116,13 @@ impl Subscription {
             let next = std::task::ready!(self.source.poll_next(cx, mode));
             match next {
                 Some(Ok(delivery)) if self.rejects(&delivery) => {
+                    self.lagged += delivery.lagged();
                     drop(delivery.settle(Settlement::Done));
                 }
-                Some(Ok(delivery)) => return Poll::Ready(Some(Ok(delivery))),
+                Some(Ok(delivery)) => {
+                    let lagged = mem::take(&mut self.lagged) + delivery.lagged();
+                    return Poll::Ready(Some(Ok(delivery.after_losing(lagged))));
+                }
                 last => {
                     self.ended = true;
                     return Poll::Ready(last);
@@ -165,7 +172,7 @@ impl SubscriptionHandle {
     /// New events extend the wait. Not for use inside the subscription's own handler, which is what it waits for. Cancel
     /// safe.
     pub async fn drained(&self) {
-        self.0.nudge.hurry();
+        let _draining = self.0.nudge.drain();
         self.0.control.drained().await;
     }
 
@@ -185,13 +192,36 @@ impl fmt::Debug for SubscriptionHandle {
 #[derive(Debug, Default)]
 pub(crate) struct Nudge {
     hurried: AtomicBool,
+    /// How many wait for the subscription to drain.
+    draining: AtomicUsize,
     waker: AtomicWaker,
+}
+
+/// Somebody waits for the subscription to drain.
+pub(crate) struct Draining<'a>(&'a Nudge);
+
+impl Drop for Draining<'_> {
+    fn drop(&mut self) {
+        self.0.draining.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Nudge {
     pub(crate) fn hurry(&self) {
         self.hurried.store(true, Ordering::Release);
         self.waker.wake();
+    }
+
+    /// Hurries, and goes on doing so until the guard is dropped.
+    pub(crate) fn drain(&self) -> Draining<'_> {
+        self.draining.fetch_add(1, Ordering::AcqRel);
+        self.hurry();
+        Draining(self)
+    }
+
+    /// Whether somebody waits for the subscription to drain.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire) > 0
     }
 
     /// Whether somebody asked since the last call.

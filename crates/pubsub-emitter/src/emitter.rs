@@ -185,6 +185,8 @@ impl PubSub for EventEmitterPubSub {
         self.check_open("publish", topic).and_then(|()| options.validate()).and_then(|()| check_depth()).map_err(refuse)?;
         let prepared = if options.local_only { None } else { self.prepare(events).map_err(refuse)? };
         let events = prepared.as_deref().unwrap_or(events);
+        if *COOP {
+        tokio::task::consume_budget().await; }
         let Some(state) = self.0.hub.topic(topic) else { return Ok(Positions::none()) };
         let taken = if state.has_queue_of_publishers() { 0 } else { state.offer(events, self.only(&options)) };
         if taken == events.len() {
@@ -333,3 +335,5 @@ impl fmt::Debug for EventEmitterPubSub {
         f.debug_struct("EventEmitterPubSub").field("instance", &self.0.id).field("hub", &self.0.hub).finish_non_exhaustive()
     }
 }
+
+static COOP: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| std::env::var_os("COOP").is_some());

@@ -37,6 +37,10 @@ const WAKE_PATIENCE: Duration = Duration::from_millis(2);
 /// How many deliveries a member may take in a row before it yields to its runtime.
 const BUDGET: u32 = 128;
 
+/// How often a member that finds nothing looks again before it waits to be woken. Waking a parked thread costs publisher and
+/// consumer several times what handing over a delivery does.
+static LINGER_: std::sync::LazyLock<u32> = std::sync::LazyLock::new(|| std::env::var("LINGER").ok().and_then(|s| s.parse().ok()).unwrap_or(4));
+
 /// Where exhausted deliveries go.
 pub trait DeadLetterSink: Send + Sync + 'static {
     /// Takes a dead letter for a topic. `None` means it has been taken; a future is run by the queue, and until it ends the
@@ -267,7 +271,7 @@ impl DeliveryQueue {
         }
         let membership = Membership { queue: self.clone(), member, ended: AtomicBool::new(false), on_end: Box::new(on_end) };
         let membership = Arc::new(membership);
-        let source = QueueSource { membership: membership.clone(), stash: VecDeque::new(), take: stash + 1, budget: BUDGET };
+        let source = QueueSource { membership: membership.clone(), stash: VecDeque::new(), take: stash + 1, budget: BUDGET, lingered: 0 };
         Some(Subscription::new(self.topic.clone(), options, Box::new(source), membership))
     }
 
@@ -990,10 +994,13 @@ struct QueueSource {
     /// The most to take in one go.
     take: usize,
     budget: u32,
+    /// Times in a row it found nothing and looked again.
+    lingered: u32,
 }
 
 impl Source for QueueSource {
     fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+        if *BUD { let b=tokio::task::consume_budget(); if std::future::Future::poll(std::pin::pin!(b), cx).is_pending() {return Poll::Pending;} self.budget=BUDGET; }
         self.budget -= 1;
         if self.budget == 0 {
             self.budget = BUDGET;
@@ -1006,6 +1013,12 @@ impl Source for QueueSource {
             return Poll::Ready(Some(Ok(delivery)));
         }
         let Membership { queue, member, .. } = &*self.membership;
+        if self.lingered < *LINGER_ && self.stash.is_empty() && queue.len.load(Ordering::Acquire) == 0 {
+            self.lingered += 1;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.lingered = 0;
         let polled = queue.poll_take(*member, &mut self.stash, self.take, cx, mode);
         if polled.is_pending() {
             self.budget = BUDGET;
@@ -1066,3 +1079,5 @@ fn set_waker(slot: &mut Option<Waker>, cx: &Context<'_>) {
         None => *slot = Some(cx.waker().clone()),
     }
 }
+
+static BUD: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| std::env::var_os("BUD").is_some());

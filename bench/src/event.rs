@@ -1,0 +1,33 @@
+//! The event that everybody carries, and what publishers and subscribers do with it besides carrying it.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use pubsub_core::{Event, Result};
+use serde::{Deserialize, Serialize};
+
+/// The bytes of payload in each event.
+pub(crate) const PAYLOAD: usize = 256;
+
+/// The bound of every queue, ours and the peers'.
+pub(crate) const QUEUE: usize = 256;
+
+/// The data of an event.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Sample {
+    pub(crate) number: u64,
+    pub(crate) payload: String,
+}
+
+/// Builds and stamps one event, as a publisher does for each.
+pub(crate) fn build(number: u64) -> Arc<Event> {
+    let payload = String::from_utf8(vec![b'x'; PAYLOAD]).expect("text");
+    Arc::new(Event::new("order.placed").with_run_id("run-1").with_data(Sample { number, payload }))
+}
+
+/// Reads an event's data, as a subscriber does with each, and gives its number.
+pub(crate) fn read(event: &Event) -> Result<u64> {
+    let sample = event.data::<Sample>()?;
+    black_box(sample.payload.len());
+    Ok(sample.number)
+}

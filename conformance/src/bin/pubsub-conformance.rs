@@ -1,0 +1,106 @@
+//! Runs the suite over the backends of this workspace and prints what came of it.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use pubsub_conformance::{Harness, Outcome, Report, Suite, harnesses};
+
+/// Holds backends to the contract, property by property.
+#[derive(Parser)]
+struct Options {
+    /// A backend to run; all of them if none is named
+    #[arg(long = "backend", value_name = "NAME")]
+    backends: Vec<String>,
+    /// Only properties whose id starts with this
+    #[arg(long, value_name = "ID")]
+    only: Option<String>,
+    /// Write the list of reports to a file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<bool, String> {
+    let known = harnesses::all();
+    let chosen: Vec<Arc<dyn Harness>> = if options.backends.is_empty() {
+        known
+    } else {
+        let find = |name: &String| {
+            let names = || known.iter().map(|harness| harness.name()).collect::<Vec<_>>().join(", ");
+            let found = known.iter().find(|harness| harness.name() == name);
+            found.cloned().ok_or_else(|| format!("no backend is called {name:?}; there are: {}", names()))
+        };
+        options.backends.iter().map(find).collect::<Result<_, _>>()?
+    };
+    let mut as_expected = true;
+    let mut reports = Vec::new();
+    for harness in chosen {
+        let wanted = |id: &str| options.only.as_ref().is_none_or(|only| id.starts_with(only.as_str()));
+        let report = Suite::new(harness).filter(|property| wanted(property.id())).run_blocking();
+        as_expected &= report.failures().next().is_none();
+        // Only a whole report can be compared with the expectation.
+        if options.only.is_none()
+            && let Err(differences) = report.check_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations"))
+        {
+            eprintln!("{}: {differences}", report.backend());
+            as_expected = false;
+        }
+        reports.push(report);
+    }
+    print_matrix(&reports);
+    if let Some(path) = &options.json {
+        let list: Vec<_> = reports.iter().map(Report::to_json).collect();
+        let text = serde_json::to_string_pretty(&list).expect("JSON values can be written");
+        std::fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(as_expected)
+}
+
+/// One line per property, one column per backend; then why things failed or did not run.
+fn print_matrix(reports: &[Report]) {
+    let Some(first) = reports.first() else { return };
+    let width = |report: &Report| report.backend().len().max(7);
+    let header: Vec<_> = reports.iter().map(|report| format!("{:<1$}", report.backend(), width(report))).collect();
+    println!("{:<7} {}  property", "", header.join("  "));
+    for property in first.properties() {
+        let cells: Vec<_> = reports
+            .iter()
+            .map(|report| {
+                let cell = match report.outcome(property.id) {
+                    Some(Outcome::Pass) => "pass",
+                    Some(Outcome::Fail(_)) => "FAIL",
+                    Some(Outcome::Ignored(_)) => "ignored",
+                    None => "",
+                };
+                format!("{cell:<0$}", width(report))
+            })
+            .collect();
+        println!("{:<7} {}  {}", property.id, cells.join("  "), property.title);
+    }
+    for report in reports {
+        let count = |wanted: fn(&Outcome) -> bool| report.properties().iter().filter(|one| wanted(&one.outcome)).count();
+        let passed = count(|outcome| *outcome == Outcome::Pass);
+        let failed = count(|outcome| matches!(outcome, Outcome::Fail(_)));
+        let ignored = count(|outcome| matches!(outcome, Outcome::Ignored(_)));
+        println!("\n{}: {passed} passed, {failed} failed, {ignored} ignored", report.backend());
+        for property in report.properties() {
+            match &property.outcome {
+                Outcome::Pass => {}
+                Outcome::Fail(why) => println!("  {:<7} FAIL: {why}", property.id),
+                Outcome::Ignored(why) => println!("  {:<7} ignored: {why}", property.id),
+            }
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Batches.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

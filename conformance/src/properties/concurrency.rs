@@ -1,0 +1,7 @@
+//! Concurrency and unsubscribing.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

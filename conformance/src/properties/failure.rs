@@ -1,0 +1,7 @@
+//! Failures and reconnecting.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

@@ -1,0 +1,7 @@
+//! What travels between implementations.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

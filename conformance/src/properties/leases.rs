@@ -1,0 +1,7 @@
+//! Leases.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

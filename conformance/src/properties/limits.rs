@@ -1,0 +1,7 @@
+//! Limits and bad input.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

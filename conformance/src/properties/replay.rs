@@ -1,0 +1,7 @@
+//! History, indices and replay.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

@@ -1,0 +1,7 @@
+//! Clearing and trimming topics.
+
+use crate::Property;
+
+pub(crate) fn properties() -> Vec<Property> {
+    vec![]
+}

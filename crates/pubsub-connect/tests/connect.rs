@@ -1,0 +1,216 @@
+//! Buses from URLs: what they are, what is refused, and what is kept quiet.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::{FutureExt, StreamExt};
+use pubsub_connect::{BusUrl, MAX_NESTING, Registry, connect};
+use pubsub_core::{Acquired, Bus, Capability, Error, ErrorKind, Event, EventId, Reach};
+use pubsub_emitter::EventEmitterPubSub;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn fresh(prefix: &str) -> String {
+    format!("{prefix}-{}", EventId::random())
+}
+
+async fn refused(url: &str) -> Error {
+    match connect(url).await {
+        Ok(_) => panic!("{url} connects"),
+        Err(error) => error,
+    }
+}
+
+#[tokio::test]
+async fn a_name_is_shared_and_no_name_is_not() {
+    let url = format!("memory:{}", fresh("jobs"));
+    let (one, two, own) = (connect(&url).await.unwrap(), connect(&url).await.unwrap(), connect("memory:").await.unwrap());
+    let mut shared = two.subscribe("t").await.unwrap();
+    let mut apart = own.subscribe("t").await.unwrap();
+    one.publish_data("t", "x", 1).await.unwrap();
+    own.publish_data("t", "fence", 2).await.unwrap();
+    assert_eq!(shared.next().await.unwrap().unwrap().event().event_type(), "x");
+    assert_eq!(apart.next().await.unwrap().unwrap().event().event_type(), "fence");
+}
+
+#[tokio::test]
+async fn options_reach_the_builder() {
+    let bus = connect("memory:?strict_payloads=true&max_payload=1KiB").await.unwrap();
+    let capabilities = bus.capabilities();
+    assert_eq!((capabilities.strict_payloads, capabilities.max_payload), (true, Some(1024)));
+
+    let bus = connect("memory:?publish_timeout=0s").await.unwrap();
+    let full = bus.subscribe_with("t", pubsub_core::SubscribeOptions::fan_out().prefetch(1)).await.unwrap();
+    let events: Vec<_> = (0..3).map(|n| Arc::new(Event::new("x").with_data(n))).collect();
+    let publish = bus.publish_with("t", &events, pubsub_core::PublishOptions::new());
+    let error = tokio::time::timeout(SECOND, publish).await.expect("it does not wait").unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Full);
+    drop(full);
+
+    let name = fresh("letters");
+    let _first = connect(&format!("memory:{name}?dead_letter_retention=2")).await.unwrap();
+    let error = refused(&format!("memory:{name}?dead_letter_retention=3")).await;
+    assert!(matches!(error.kind(), ErrorKind::InvalidOption { option, .. } if option == "dead_letter_retention"), "{error}");
+}
+
+#[tokio::test]
+async fn each_refusal_names_what_is_at_fault() {
+    let deep = (0..=MAX_NESTING).fold("memory:".to_owned(), |url, _| format!("memory:?leases={}", url.replace('%', "%25")));
+    for (url, option, why) in [
+        ("memory:?publish_timout=5s", "publish_timout", "the nearest known option is `publish_timeout`"),
+        ("memory:?lease=memory:", "lease", "the nearest known option is `leases`"),
+        ("memory:?publish_timeout=5", "publish_timeout", r#""5" is not a duration such as `250ms`, `5s`, `2m` or `1h`"#),
+        ("memory:?publish_timeout=99999999h", "publish_timeout", "ten years"),
+        ("memory:?max_payload=0", "max_payload", "at least 1"),
+        ("memory:?strict_payloads=on", "strict_payloads", r#""on" is not `true` or `false`"#),
+        ("memory:?dead_letter_retention=-1", "dead_letter_retention", "is not a whole number"),
+        ("memory:?max_payload=1&max_payload=1", "max_payload", "is given twice"),
+        ("memory:?replay=memory", "replay", "has no replay"),
+        ("memory://jobs", "url", "write `memory:NAME`"),
+        ("memroy:", "url", "has the unknown scheme `memroy`; the nearest known one is `memory`"),
+        ("reddis:", "url", "the nearest known one is `redis`"),
+        ("unix:a/b.sock", "url", "this version of pubsub-connect has no backend for `unix:`"),
+        ("redis://h", "url", "this version of pubsub-connect has no backend for `redis:`"),
+        ("rediss://h", "url", "this version of pubsub-connect has no backend for `rediss:`"),
+        ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
+        ("memory:?leases=nowhere", "url", "begins with no scheme"),
+        ("memory:?leases=memory:%3Fmax_paylod=1", "max_paylod", "`max_payload`"),
+        (&deep, "leases", "is nested more than 4 deep"),
+    ] {
+        let error = refused(url).await;
+        match error.kind() {
+            ErrorKind::InvalidOption { option: named, reason } => {
+                assert!(named == option && reason.contains(why), "{url}: {error}");
+            }
+            other => panic!("{url}: {other:?}"),
+        }
+        assert!(matches!(error.operation(), Some("connect" | "build")) && !error.is_retryable(), "{url}: {error}");
+    }
+    assert_eq!(refused("memory:?leases=nowhere").await.subject(), Some("leases"));
+    assert_eq!(refused("memory:jobs?x=1").await.subject(), Some("memory:jobs"));
+    let error = Registry::new().connect("memory:").await.unwrap_err();
+    assert!(error.to_string().contains("needs the cargo feature `memory` of pubsub-connect"), "{error}");
+}
+
+#[tokio::test]
+async fn leases_come_from_elsewhere_and_are_closed_alike() {
+    let name = fresh("locks");
+    let url = format!("memory:?leases=memory:{name}%3Fstrict_payloads=true");
+    let (one, two) = (connect(&url).await.unwrap(), connect(&url).await.unwrap());
+    one.require([Capability::Leases]).unwrap();
+    assert_eq!(one.capabilities().leases, Some(Reach::Process));
+    assert!(!one.capabilities().strict_payloads, "the lender's options are the lender's");
+    assert!(matches!(one.leases().unwrap().acquire("k", "a", SECOND).await.unwrap(), Acquired::Yes(_)));
+    assert!(
+        matches!(two.leases().unwrap().acquire("k", "b", SECOND).await.unwrap(), Acquired::HeldBy(held) if held.owner == "a")
+    );
+
+    let leases = one.leases().unwrap();
+    one.close(SECOND).await.unwrap();
+    assert!(leases.holder("k").await.unwrap_err().is_closed());
+    assert!(two.leases().unwrap().holder("k").await.unwrap().is_some(), "another's lender is not closed");
+}
+
+/// A registry whose only backend counts how often it connected.
+fn counting(connected: &Arc<Mutex<u32>>) -> Registry {
+    let connected = connected.clone();
+    let factory = move |url: &mut BusUrl| {
+        let fails = url.flag("fails")?.unwrap_or(false);
+        let connected = connected.clone();
+        Ok(async move {
+            *connected.lock().unwrap() += 1;
+            if fails { Err(ErrorKind::Unavailable.into()) } else { Ok(Bus::from(EventEmitterPubSub::new())) }
+        })
+    };
+    Registry::with_defaults().register("count", factory).unwrap()
+}
+
+#[tokio::test]
+async fn a_registry_takes_backends_of_ones_own() {
+    let connected = Arc::default();
+    let registry = counting(&connected);
+    registry.connect("COUNT:").await.unwrap();
+    assert_eq!(*connected.lock().unwrap(), 1);
+
+    // Options are checked before anything is connected.
+    let error = registry.connect("count:?fail=true").await.unwrap_err();
+    assert!(error.to_string().contains("`fails`"), "{error}");
+    assert_eq!(*connected.lock().unwrap(), 1);
+
+    let error = registry.connect("count:place?fails=true").await.unwrap_err();
+    assert_eq!((error.kind(), error.subject()), (&ErrorKind::Unavailable, Some("count:place")));
+    let error = registry.connect("memory:?leases=count:%3Ffails=true").await.unwrap_err();
+    assert_eq!((error.kind(), error.subject()), (&ErrorKind::Unavailable, Some("count:")));
+
+    let error = registry.connect("cuont:").await.unwrap_err();
+    assert!(error.to_string().contains("the nearest known one is `count`"), "{error}");
+    for scheme in ["", "1a", "Count", "a_b", "ä"] {
+        let factory = |_: &mut BusUrl| Ok(async { Ok(Bus::from(EventEmitterPubSub::new())) });
+        assert!(Registry::new().register(scheme, factory).is_err(), "{scheme}");
+    }
+    assert_eq!(format!("{registry:?}"), r#"Registry { schemes: ["count", "memory"] }"#);
+}
+
+#[test]
+fn a_dropped_connect_leaves_nothing() {
+    let name = fresh("dropped");
+    let registry = Registry::with_defaults()
+        .register("never", |_: &mut BusUrl| Ok(std::future::pending::<pubsub_core::Result<Bus>>()))
+        .unwrap();
+    let url = format!("never:?leases=memory:{name}%3Fdead_letter_retention=7");
+    assert!(registry.connect(&url).now_or_never().is_none(), "it waits, its lender connected, and is dropped");
+    // A bus of that name is made anew, since nobody holds the lender.
+    let again = format!("memory:{name}?dead_letter_retention=8");
+    assert!(connect(&again).now_or_never().expect("memory connects at once").is_ok());
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn secrets_stay_secret() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone()).finish();
+    let connected = Arc::default();
+    let registry = counting(&connected);
+    let mut told = String::new();
+    tracing::subscriber::with_default(subscriber, || {
+        for url in [
+            "count://user:s3cr3t@host/path",
+            "count://s3cr3t@host/path",
+            "count://user:s3cr3t@host/path?token=s3cr3t",
+            "count://user:s3cr3t@host/path?fails=true",
+            "count:user:s3cr3t@host?fails=true",
+            "redis://user:s3cr3t@host",
+            "rdis://user:s3cr3t@host",
+            "memory:?password=s3cr3t",
+            "memory:?leases=count%3A%2F%2Fuser%3As3cr3t%40host%3Fkey=s3cr3t",
+            "memory:?leases=count%3A%2F%2Fuser%3As3cr3t%40host",
+            "memory:?leases=user:s3cr3t@host",
+            "memory:?replay=redis%3A%2F%2Fuser%3As3cr3t%40host",
+        ] {
+            match registry.connect(url).now_or_never().expect("these connect at once") {
+                Ok(bus) => told += &format!("{bus:?}\n"),
+                Err(error) => told += &format!("{error} {error:?}\n"),
+            }
+        }
+    });
+    let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert!(logged.contains("connected") && logged.contains("count://***@host/path"), "the log is on: {logged}");
+    assert!(told.contains("***@host"), "{told}");
+    assert!(!logged.contains("3cr3t") && !told.contains("3cr3t"), "{logged}{told}");
+}

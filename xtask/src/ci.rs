@@ -1,0 +1,75 @@
+//! Everything that must hold before a change is taken.
+
+use std::time::{Duration, Instant};
+
+use crate::step::{Outcome, cargo, feed, run, timed};
+use crate::{conformance, test, tidy};
+
+/// How long an example that is built already may run.
+const EXAMPLE_TIME: Duration = Duration::from_secs(60);
+
+const LINES: &str = r#"{"type": "order.placed", "runId": "run-1", "data": {"order": 1}}
+{"type": "order.placed", "runId": "run-2", "data": {"text": "line\nbreak, quote \" and \ud83d\udc08"}}
+{"type": "order.shipped", "data": null}
+"#;
+
+const BAD_LINES: &str = r#"{"type": "order.placed", "data": 1}
+{"type": "order.placed",
+{"type": "order.shipped", "data": 2}
+"#;
+
+pub(crate) fn run_all() -> Outcome {
+    let started = Instant::now();
+    run("format", &mut cargo(["fmt", "--all", "--check"]))?;
+    tidy::run()?;
+    let everything = ["clippy", "--workspace", "--all-features", "--all-targets", "--", "-D", "warnings"];
+    run("lints", &mut cargo(everything))?;
+    let bare = ["clippy", "--package", "pubsub-connect", "--no-default-features", "--", "-D", "warnings"];
+    run("lints without features", &mut cargo(bare))?;
+    let mut documentation = cargo(["doc", "--workspace", "--all-features", "--no-deps"]);
+    run("documentation", documentation.env("RUSTDOCFLAGS", "-D warnings"))?;
+    test()?;
+    examples()?;
+    conformance(&[])?;
+    println!("\n=== all passed in {:.0} s", started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Every example runs by itself, and the quick start on piped lines as well, as its readers would call it.
+fn examples() -> Outcome {
+    run("build examples", &mut cargo(["build", "--examples"]))?;
+    for name in names()? {
+        example(&name, None, 0)?;
+    }
+    example("quickstart", Some(LINES), 0)?;
+    example("quickstart", Some(BAD_LINES), 2)
+}
+
+fn names() -> Outcome<Vec<String>> {
+    let sources = std::fs::read_dir("examples/examples").map_err(|error| format!("examples/examples: {error}"))?;
+    let paths = sources.filter_map(Result::ok).map(|entry| entry.path());
+    let mut names: Vec<_> = paths.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect();
+    names.sort();
+    Ok(names)
+}
+
+fn example(name: &str, input: Option<&'static str>, expected: i32) -> Outcome {
+    let about = match input {
+        None => "nothing piped".into(),
+        Some(input) => format!("{} lines piped", input.lines().count()),
+    };
+    timed("example", &format!("cargo run --example {name} ({about}, exit status {expected})"), || {
+        let output = feed(&mut cargo(["run", "--quiet", "--example", name]), input, EXAMPLE_TIME)?;
+        let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        print!("{said}");
+        eprint!("{complained}");
+        if output.status.code() != Some(expected) {
+            return Err(format!("example {name}: {}", output.status));
+        }
+        let none_lost = |line: &str| line.trim().strip_prefix("lost:").is_some_and(|count| count.trim() == "0");
+        if name == "quickstart" && !said.lines().any(none_lost) {
+            return Err(format!("example {name}: its report does not say `lost: 0`"));
+        }
+        Ok(())
+    })
+}

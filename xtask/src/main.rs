@@ -1,0 +1,75 @@
+//! `cargo xtask`: the workspace's own commands.
+
+mod ci;
+mod step;
+mod tidy;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use step::{Outcome, cargo};
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  test                                            set up what tests need, then run every test
+  conformance [--backend NAME] [--json FILE]      run the delivery-semantics suite and print its matrix
+  bench [--mimalloc] [--peers] [--backend NAME] [--json FILE]
+                                                  measure ours, the limit and the peers in one run
+  ci                                              everything that must hold: format, lints, documentation, tests,
+                                                  examples, conformance, tidy
+  tidy                                            the style rules that a program can check
+
+Further arguments of conformance and bench go to their programs; --help after either lists them.";
+
+fn main() -> ExitCode {
+    // Run from anywhere in the workspace: every path below is relative to its root.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace");
+    if let Err(error) = std::env::set_current_dir(root) {
+        eprintln!("xtask: {}: {error}", root.display());
+        return ExitCode::FAILURE;
+    }
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) = arguments.split_first().map_or(("", &[][..]), |(command, rest)| (command.as_str(), rest));
+    let outcome = match (command, rest) {
+        ("test", []) => test(),
+        ("conformance", rest) => conformance(rest),
+        ("bench", rest) => bench(rest),
+        ("ci", []) => ci::run_all(),
+        ("tidy", []) => tidy::run(),
+        ("help" | "--help" | "-h", _) => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        ("", _) => Err(USAGE.into()),
+        _ => Err(format!("`{}` is not understood\n\n{USAGE}", arguments.join(" "))),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("xtask: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Every test of the workspace. Tests start the servers they need themselves, on free ports; whatever has to be installed or
+/// built once for all of them is set up here first.
+fn test() -> Outcome {
+    step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets"]))?;
+    step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
+}
+
+fn conformance(arguments: &[String]) -> Outcome {
+    let program = ["run", "--package", "pubsub-conformance", "--all-features", "--bin", "pubsub-conformance", "--"];
+    step::run("conformance", cargo(program).args(arguments))
+}
+
+fn bench(arguments: &[String]) -> Outcome {
+    let (mimalloc, arguments): (Vec<_>, Vec<_>) = arguments.iter().partition(|argument| *argument == "--mimalloc");
+    let mut program = cargo(["run", "--profile", "bench", "--package", "pubsub-bench"]);
+    if !mimalloc.is_empty() {
+        program.args(["--features", "mimalloc"]);
+    }
+    step::run("benchmark", program.arg("--").args(arguments))
+}

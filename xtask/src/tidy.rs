@@ -1,0 +1,195 @@
+//! The style rules that a program can check.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::step::{Outcome, cargo, read, timed};
+
+/// How long a source file may get before it is two files.
+const MAX_LINES: usize = 700;
+
+/// Files that are longer, and why.
+const LONGER: &[(&str, &str)] =
+    &[("crates/pubsub-core/src/machinery/delivery_queue.rs", "one state machine under one lock, read as a whole")];
+
+/// Features of tokio that do I/O, which the contract's crate has no business with.
+const IO_FEATURES: &[&str] = &["fs", "io-std", "io-util", "net", "process", "signal", "full"];
+
+/// The one published crate that may know more than the contract: it brings the backends together.
+const BRINGS_TOGETHER: &str = "pubsub-connect";
+
+pub(crate) fn run() -> Outcome {
+    timed("tidy", "file length, openings, leftovers, manifests, dependencies, README", || {
+        let mut wrong = Vec::new();
+        let sources = sources()?;
+        for (path, text) in &sources {
+            check_source(path, text, &mut wrong);
+        }
+        check_manifests(&mut wrong)?;
+        check_dependencies(&mut wrong)?;
+        if let Ok(readme) = fs::read_to_string("README.md") {
+            check_readme(&readme, &sources, &mut wrong);
+        }
+        wrong.iter().for_each(|wrong| eprintln!("{wrong}"));
+        if wrong.is_empty() { Ok(()) } else { Err(format!("tidy: {} found", wrong.len())) }
+    })
+}
+
+fn check_source(path: &str, text: &str, wrong: &mut Vec<String>) {
+    let lines = text.lines().count();
+    match LONGER.iter().find(|(longer, _)| *longer == path) {
+        None if lines > MAX_LINES => wrong.push(format!("{path}: {lines} lines, more than {MAX_LINES}: split it")),
+        Some(_) if lines <= MAX_LINES => wrong.push(format!("{path}: short again, take it off the list of longer files")),
+        _ => {}
+    }
+    if !text.starts_with("//!") {
+        wrong.push(format!("{path}: open it with a `//!` line that says what it is"));
+    }
+    for (number, line) in text.lines().enumerate() {
+        let code = line.split("//").next().unwrap_or_default();
+        for leftover in ["todo", "unimplemented", "dbg"] {
+            if code.contains(&format!("{leftover}!")) {
+                wrong.push(format!("{path}:{}: {leftover}! was left in", number + 1));
+            }
+        }
+    }
+}
+
+/// Every package takes the workspace's lints and its version of the compiler.
+fn check_manifests(wrong: &mut Vec<String>) -> Outcome {
+    for path in files(Path::new("."), "toml")? {
+        if path.file_name().is_none_or(|name| name != "Cargo.toml") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        if !text.contains("[package]") {
+            continue;
+        }
+        for needed in ["[lints]\nworkspace = true", "rust-version.workspace = true", "license.workspace = true"] {
+            if !text.contains(needed) {
+                wrong.push(format!("{}: `{}` is missing", path.display(), needed.replace('\n', " ")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The contract does no I/O, and a backend knows the contract alone.
+fn check_dependencies(wrong: &mut Vec<String>) -> Outcome {
+    let crates: BTreeSet<String> = fs::read_dir("crates")
+        .map_err(|error| format!("crates: {error}"))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    for name in &crates {
+        let tree =
+            ["tree", "--package", name, "--all-features", "--edges", "normal", "--prefix", "none", "--format", "{p} {f}"];
+        check_tree(name, &read(&mut cargo(tree))?, &crates, wrong);
+    }
+    Ok(())
+}
+
+/// A line of the tree is `tokio v1.48.0 default,rt`, or `pubsub-core v0.1.0 (path) ` for a crate of the workspace.
+fn check_tree(name: &str, tree: &str, crates: &BTreeSet<String>, wrong: &mut Vec<String>) {
+    for line in tree.lines() {
+        let mut words = line.split(' ');
+        let dependency = words.next().unwrap_or_default();
+        if name == "pubsub-core" && dependency == "tokio" {
+            let features = words.nth(1).unwrap_or_default();
+            for feature in features.split(',').filter(|feature| IO_FEATURES.contains(feature)) {
+                wrong.push(format!("{name}: switches on tokio's `{feature}`, and the contract does no I/O"));
+            }
+        }
+        let allowed = dependency == name || dependency == "pubsub-core" || name == BRINGS_TOGETHER;
+        if crates.contains(dependency) && !allowed {
+            wrong.push(format!("{name}: depends on {dependency}; a backend knows pubsub-core alone"));
+        }
+    }
+}
+
+/// Every Rust block of the README is, word for word, code that is compiled and run as an example.
+fn check_readme(readme: &str, sources: &[(String, String)], wrong: &mut Vec<String>) {
+    let examples: Vec<_> = sources.iter().filter(|(path, _)| path.starts_with("examples/")).collect();
+    for block in readme.split("```rust").skip(1) {
+        let block = block.split_once('\n').map_or("", |(_, rest)| rest).split("```").next().unwrap_or_default().trim();
+        if !examples.iter().any(|(_, text)| text.contains(block)) {
+            let first = block.lines().next().unwrap_or_default();
+            wrong.push(format!("README.md: the block that begins `{first}` is in no file under examples/"));
+        }
+    }
+}
+
+/// Every Rust file of the workspace, with its text.
+fn sources() -> Outcome<Vec<(String, String)>> {
+    let read = |path: PathBuf| {
+        let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let shown = path.strip_prefix(".").unwrap_or(&path).display().to_string();
+        Ok((shown, text))
+    };
+    files(Path::new("."), "rs")?.into_iter().map(read).collect()
+}
+
+/// The files with this extension, in order, leaving out what is built and what is hidden.
+fn files(folder: &Path, extension: &str) -> Outcome<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))? {
+        let entry = entry.map_err(|error| error.to_string())?;
+        let (path, name) = (entry.path(), entry.file_name());
+        if name == "target" || name == "node_modules" || name.to_string_lossy().starts_with('.') {
+            continue;
+        }
+        if path.is_dir() {
+            found.extend(files(&path, extension)?);
+        } else if path.extension().is_some_and(|found| found == extension) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(path: &str, text: &str) -> Vec<String> {
+        let mut wrong = Vec::new();
+        check_source(path, text, &mut wrong);
+        wrong
+    }
+
+    #[test]
+    fn sources_are_short_open_with_what_they_are_and_hold_no_leftovers() {
+        assert!(found("a.rs", "//! What it is.\nfn f() {} // todo!() in a comment\n").is_empty());
+        assert_eq!(found("a.rs", "fn f() {}\n").len(), 1);
+        assert_eq!(found("a.rs", &format!("//! What it is.\nfn f() {{ {}!(1) }}\n", "dbg")).len(), 1);
+        assert_eq!(found("a.rs", &"//! Long.\n".repeat(MAX_LINES + 1)).len(), 1);
+        assert!(found(LONGER[0].0, &"//! Long.\n".repeat(MAX_LINES + 1)).is_empty());
+        assert_eq!(found(LONGER[0].0, "//! Short.\n").len(), 1);
+    }
+
+    #[test]
+    fn the_contract_does_no_io_and_backends_know_it_alone() {
+        let crates = ["pubsub-core", "pubsub-emitter", "pubsub-redis", "pubsub-connect"].map(String::from).into();
+        let count = |name, tree| {
+            let mut wrong = Vec::new();
+            check_tree(name, tree, &crates, &mut wrong);
+            wrong.len()
+        };
+        assert_eq!(count("pubsub-core", "pubsub-core v0.1.0 (/crates/pubsub-core) \ntokio v1.48.0 default,rt,time\n"), 0);
+        assert_eq!(count("pubsub-core", "tokio v1.48.0 default,net,rt\n"), 1);
+        assert_eq!(count("pubsub-redis", "pubsub-core v0.1.0 (/crates/pubsub-core) \ntokio v1.48.0 net\n"), 0);
+        assert_eq!(count("pubsub-redis", "pubsub-emitter v0.1.0 (/crates/pubsub-emitter) \n"), 1);
+        assert_eq!(count("pubsub-connect", "pubsub-emitter v0.1.0 (/crates/pubsub-emitter) \n"), 0);
+    }
+
+    #[test]
+    fn the_readme_shows_examples() {
+        let sources = [("examples/examples/a.rs".to_owned(), "//! A.\nfn main() {}\n".to_owned())];
+        let mut wrong = Vec::new();
+        check_readme("```rust\nfn main() {}\n```\n```sh\nls\n```\n", &sources, &mut wrong);
+        assert!(wrong.is_empty());
+        check_readme("```rust,no_run\nfn other() {}\n```\n", &sources, &mut wrong);
+        assert_eq!(wrong.len(), 1);
+    }
+}
