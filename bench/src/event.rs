@@ -6,8 +6,11 @@ use std::sync::Arc;
 use pubsub_core::{Event, Result};
 use serde::{Deserialize, Serialize};
 
-/// The bytes of payload in each event.
-pub(crate) const PAYLOAD: usize = 256;
+/// The payload in each event: 256 bytes.
+const PAYLOAD: &str = match std::str::from_utf8(&[b'x'; 256]) {
+    Ok(text) => text,
+    Err(_) => unreachable!(),
+};
 
 /// The bound of every queue, ours and the peers'.
 pub(crate) const QUEUE: usize = 256;
@@ -21,8 +24,7 @@ pub(crate) struct Sample {
 
 /// Builds and stamps one event, as a publisher does for each.
 pub(crate) fn build(number: u64) -> Arc<Event> {
-    let payload = String::from_utf8(vec![b'x'; PAYLOAD]).expect("text");
-    Arc::new(Event::new("order.placed").with_run_id("run-1").with_data(Sample { number, payload }))
+    Arc::new(Event::new("order.placed").with_run_id("run-1").with_data(Sample { number, payload: PAYLOAD.into() }))
 }
 
 /// Reads an event's data, as a subscriber does with each, and gives its number.

@@ -38,10 +38,10 @@ struct Options {
     /// Write every row to this file.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Measure only settings with this in their name.
+    /// Measure this setting only, such as `queued 1 to 1`.
     #[arg(long)]
     setting: Option<String>,
-    /// Measure only parties with this in their name.
+    /// Measure this party only, such as `ours`.
     #[arg(long)]
     party: Option<String>,
     /// How many rounds each party gets, after one to warm up.
@@ -86,8 +86,8 @@ fn run(options: &Options) -> Result<(), BoxError> {
     }
     let mut contests = memory::contests(options.peers);
     contests.retain_mut(|contest| {
-        contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name.contains(wanted)));
-        let wanted = |wanted: &str| contest.settings.iter().any(|(setting, _)| setting.contains(wanted));
+        contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));
+        let wanted = |wanted: &str| contest.settings.iter().any(|(setting, _)| *setting == wanted);
         options.setting.as_deref().is_none_or(wanted) && !contest.parties.is_empty()
     });
     if contests.is_empty() {

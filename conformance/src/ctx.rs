@@ -9,8 +9,8 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use pubsub_core::{
-    Bus, Capabilities, Delivery, Event, EventId, Group, PublishOptions, RetryPolicy, SubscribeOptions, Subscription,
-    SubscriptionHandle, Topic,
+    Bus, Capabilities, Delivery, Event, EventId, Group, LateSettlement, PublishOptions, Receipt, RetryPolicy, Settled,
+    SubscribeOptions, Subscription, SubscriptionHandle, Topic,
 };
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -429,10 +429,80 @@ impl Drop for Consumer {
     }
 }
 
+/// Panics as a property means its handlers to, without the message and back trace that look like trouble.
+pub fn panic_on_purpose(why: &'static str) -> ! {
+    std::panic::resume_unwind(Box::new(why))
+}
+
 /// Holds deliveries to exactly these events, each once, in whatever order.
 ///
 /// # Errors
 /// Names what is missing, extra and repeated.
 pub fn exactly<'a>(sent: &[Arc<Event>], deliveries: impl IntoIterator<Item = &'a Delivery>) -> Verdict {
     crate::oracle::exactly_once(&crate::oracle::ids(sent), &delivered(deliveries))
+}
+
+/// What several sections ask about settlements.
+impl Ctx {
+    /// The answer of a receipt, within the harness's patience.
+    ///
+    /// # Errors
+    /// If it does not resolve.
+    pub async fn answer(&self, receipt: Receipt) -> Verdict<Settled> {
+        self.within("the answer to a settlement", receipt).await
+    }
+
+    /// Holds a receipt to [`Settled::Done`].
+    ///
+    /// # Errors
+    /// If it says otherwise, or does not resolve.
+    pub async fn confirmed(&self, receipt: Receipt) -> Verdict {
+        let answer = self.answer(receipt).await?;
+        crate::ensure_eq!(answer, Settled::Done, "the answer to a settlement");
+        Ok(())
+    }
+
+    /// Holds the answer to a settlement or an extension by somebody who has lost the delivery to what the backend declares.
+    ///
+    /// # Errors
+    /// If it says otherwise, or does not resolve.
+    pub async fn refused(&self, receipt: Receipt) -> Verdict {
+        let answer = self.answer(receipt).await?;
+        let may_not_know = self.capabilities().late_settlement == LateSettlement::Unconfirmed;
+        let fits = answer == Settled::TooLate || (may_not_know && answer == Settled::Unconfirmed);
+        crate::ensure!(fits, "a late settlement was answered {answer:?}");
+        Ok(())
+    }
+
+    /// Holds subscriptions, all of them fan-out or the only members of their groups, to being done with a topic: they drain
+    /// without a delivery, a fence is the next they get, and nothing comes in the quiet time behind it.
+    ///
+    /// # Errors
+    /// Names what was delivered.
+    pub async fn nothing_more<const N: usize>(
+        &self,
+        bus: &Bus,
+        topic: &Topic,
+        subscriptions: [&mut Subscription; N],
+    ) -> Verdict {
+        let mut subscriptions = subscriptions;
+        for subscription in &mut subscriptions {
+            let handle = subscription.handle();
+            let drained = std::pin::pin!(handle.drained());
+            // Read meanwhile, so that what should not have come is named.
+            match self.within("drained", futures::future::select(drained, subscription.next())).await? {
+                futures::future::Either::Left(_) => {}
+                futures::future::Either::Right((next, _)) => {
+                    return Err(Mismatch::new(format!("nothing was due, but there came {next:?}")));
+                }
+            }
+        }
+        let fence = self.fence(bus, topic).await?;
+        for subscription in subscriptions {
+            let extra = self.until(subscription, &fence).await?;
+            crate::ensure!(extra.is_empty(), "nothing was due, but there came {extra:?}");
+            self.quiet(subscription).await?;
+        }
+        Ok(())
+    }
 }

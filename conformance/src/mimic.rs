@@ -6,11 +6,8 @@ use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::suite::{Settings, execute};
+use crate::suite::{AT_A_TIME, Settings, execute};
 use crate::{Harness, Outcome, expectation, registry};
-
-/// How many properties run at a time unless the command line says otherwise: they mostly wait.
-const AT_A_TIME: usize = 8;
 
 /// Runs all properties over these harnesses as tests named `backend::ID title`, with the options of `cargo test`.
 ///

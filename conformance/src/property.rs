@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pubsub_core::{Capability, Groups, Retention};
+use pubsub_core::{Capability, Groups, Order, Retention};
 
 use crate::{Ctx, Fault, Harness};
 
@@ -117,6 +117,8 @@ pub enum Need {
     Capability(Capability),
     /// The absence of a capability: for properties about what then happens.
     Without(Capability),
+    /// Some order of first deliveries, if only among the events of one key.
+    Ordered,
     /// Groups that end with their last member.
     EphemeralGroups,
     /// Topics that keep nothing, not even what was not settled.
@@ -148,6 +150,7 @@ impl Need {
         let (met, reason) = match self {
             Self::Capability(capability) => (capabilities.supports(capability), format!("needs {capability}")),
             Self::Without(capability) => (!capabilities.supports(capability), format!("is about buses without {capability}")),
+            Self::Ordered => (capabilities.order != Order::Unordered, "needs an order of deliveries".into()),
             Self::EphemeralGroups => {
                 (capabilities.groups == Groups::Ephemeral, "is about groups that end with their last member".into())
             }

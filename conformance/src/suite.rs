@@ -13,8 +13,8 @@ use serde::Serialize;
 use crate::expectation::{self, Differences};
 use crate::{Ctx, Harness, Outcome, Property, registry};
 
-/// How many properties run at a time: they mostly wait.
-const AT_A_TIME: usize = 8;
+/// How many properties run at a time, unless a command line says otherwise: they mostly wait.
+pub(crate) const AT_A_TIME: usize = 8;
 
 /// The properties, to be run over one harness.
 pub struct Suite {
@@ -279,5 +279,164 @@ impl fmt::Display for Report {
             }
         }
         write!(f, "  {} passed, {} failed, {} ignored", count[0], count[1], count[2])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use pubsub_core::{Capabilities, Capability, Error, ErrorKind, PubSub, Result};
+
+    use super::*;
+    use crate::{Fault, Mismatch, Need, Verdict, ensure, ensure_eq, omitted, panic_on_purpose, property};
+
+    /// A harness without a bus, for properties that do not use one.
+    struct Nothing;
+
+    #[async_trait]
+    impl Harness for Nothing {
+        fn name(&self) -> &str {
+            "nothing"
+        }
+
+        fn declared(&self) -> Capabilities {
+            Capabilities::in_process()
+        }
+
+        async fn fresh(&self) -> Result<Arc<dyn Harness>> {
+            Ok(Arc::new(Self))
+        }
+
+        async fn connect(&self) -> Result<Arc<dyn PubSub>> {
+            Err(Error::new(ErrorKind::Unavailable))
+        }
+
+        fn spans_instances(&self) -> bool {
+            false
+        }
+    }
+
+    fn report(properties: impl IntoIterator<Item = Property>) -> Report {
+        Suite::new(Arc::new(Nothing)).filter(|_| false).with(properties).seed(7).run_blocking()
+    }
+
+    /// The outcome of a property with this body, under a short limit.
+    fn outcome<Fut>(body: impl Fn(Ctx) -> Fut + Send + Sync + 'static) -> Outcome
+    where
+        Fut: Future<Output = Verdict> + Send + 'static,
+    {
+        let limited = property("T-1", "A test", &[], body).limit(Duration::from_millis(200));
+        report([limited]).outcome("T-1").cloned().expect("it was run")
+    }
+
+    #[track_caller]
+    fn fails_with(outcome: &Outcome, text: &str) {
+        assert!(matches!(outcome, Outcome::Fail(why) if why.contains(text)), "{outcome:?}");
+    }
+
+    #[test]
+    fn a_property_passes_only_by_returning_ok() {
+        assert_eq!(outcome(async |_| Ok(())), Outcome::Pass);
+        fails_with(&outcome(async |_| Err(Mismatch::new("is wrong"))), "is wrong [CONFORMANCE_SEED=7, round 1]");
+        fails_with(&outcome(async |ctx: Ctx| ctx.bus().await.map(drop)), "unavailable");
+        fails_with(&outcome(async |_| panic_on_purpose("has panicked")), "panicked: has panicked");
+    }
+
+    #[test]
+    fn a_property_that_does_not_end_fails_and_is_named() {
+        fails_with(&outcome(async |_| std::future::pending().await), "T-1 did not end within 200ms");
+        // Not even a property that blocks all threads of its runtime gets away.
+        let blocks = |ctx: Ctx| async move {
+            for _ in 0..4 {
+                drop(ctx.spawn(async { std::thread::sleep(Duration::from_secs(1)) }));
+            }
+            std::thread::sleep(Duration::from_secs(1));
+            Ok(())
+        };
+        fails_with(&outcome(blocks), "T-1 did not end within 200ms");
+    }
+
+    #[test]
+    fn a_panic_beside_the_property_fails_it() {
+        let beside = async |ctx: Ctx| {
+            drop(ctx.spawn(async { panic_on_purpose("in a task") }).await);
+            Ok(())
+        };
+        fails_with(&outcome(beside), "a task of the property panicked: in a task");
+    }
+
+    #[test]
+    fn the_macros_say_what_differs() {
+        let ensures = async |_| {
+            ensure!(1 > 0, "cannot fail");
+            ensure_eq!(1 + 1, 3, "the sum of {}", "ones");
+            Ok(())
+        };
+        fails_with(&outcome(ensures), "the sum of ones: 2 is not 3");
+    }
+
+    #[test]
+    fn every_round_has_its_own_seed_and_a_failure_names_it() {
+        let seeds = Arc::new(Mutex::new(Vec::new()));
+        let seen = seeds.clone();
+        let third_fails = property("T-1", "A test", &[], move |ctx: Ctx| {
+            seen.lock().push((ctx.seed(), ctx.rng().u64(..)));
+            let third = seen.lock().len() == 3;
+            async move { if third { Err(Mismatch::new("third")) } else { Ok(()) } }
+        });
+        let suite = Suite::new(Arc::new(Nothing)).filter(|_| false).with([third_fails]).seed(40).stress(5);
+        fails_with(suite.run_blocking().outcome("T-1").expect("it was run"), "third [CONFORMANCE_SEED=42, round 3]");
+        let seeds = seeds.lock();
+        assert_eq!(seeds.iter().map(|(seed, _)| *seed).collect::<Vec<_>>(), [40, 41, 42]);
+        assert!(seeds[0].1 != seeds[1].1);
+    }
+
+    #[test]
+    fn what_is_missing_is_told_and_never_passes() {
+        let ignored = |needs: &[Need]| {
+            let needy = property("T-1", "A test", &[], async |_| Ok(())).needs(needs.iter().copied());
+            match report([needy]).outcome("T-1") {
+                Some(Outcome::Ignored(reason)) => reason.clone(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(ignored(&[Capability::History.into()]), "needs history");
+        assert_eq!(ignored(&[Need::Without(Capability::Groups)]), "is about buses without consumer groups");
+        assert_eq!(ignored(&[Need::Probe, Need::Fault(Fault::Sever)]), {
+            "needs a probe of what lies below; needs a fault to inject: cut connections"
+        });
+        assert_eq!(ignored(&[Need::CrossInstance]), "needs several instances on one bus");
+        assert_eq!(ignored(&[Need::Backend("noth")]), "is about the backend noth");
+        let met = [Capability::Groups.into(), Need::NoRetention, Need::EphemeralGroups, Need::Backend("nothing")];
+        assert!(met.iter().all(|need| need.missing(&Nothing).is_none()));
+    }
+
+    #[test]
+    fn the_json_report_has_the_shape_others_read() {
+        let properties = || {
+            [
+                property("T-1", "Passes", &[], async |_| Ok(())),
+                property("T-2", "Fails", &[], async |_| Err(Mismatch::new("no"))),
+                omitted("T-3", "Is out", &[], "because"),
+            ]
+        };
+        assert_eq!(
+            report(properties()).to_json(),
+            serde_json::json!({ "backend": "nothing", "properties": [
+                { "id": "T-1", "title": "Passes", "outcome": "pass" },
+                { "id": "T-2", "title": "Fails", "outcome": "fail", "reason": "no [CONFORMANCE_SEED=7, round 1]" },
+                { "id": "T-3", "title": "Is out", "outcome": "ignored", "reason": "because" },
+            ]})
+        );
+        let text = report(properties()).to_string();
+        assert!(text.ends_with("1 passed, 1 failed, 1 ignored") && text.contains("T-2    FAIL"), "{text}");
+        assert_eq!(report(properties()).check("T-1 pass\nT-2 fail\nT-3 ignored: because"), Ok(()));
+        assert!(report(properties()).check("T-1 pass\nT-2 pass\nT-3 pass").is_err());
+    }
+
+    #[tokio::test]
+    async fn the_suite_runs_inside_a_runtime_too() {
+        let suite = Suite::new(Arc::new(Nothing)).filter(|_| false).with([property("T-1", "Passes", &[], async |_| Ok(()))]);
+        assert_eq!(suite.run().await.outcome("T-1"), Some(&Outcome::Pass));
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use pubsub_core::BoxError;
 use tokio::runtime::Runtime;
 
-use crate::node::{self, MASTRA};
+use crate::node;
 use crate::report::{Role, Unit};
 use crate::rounds::{Contest, Party};
 

@@ -39,8 +39,11 @@ pub(crate) fn topic() -> Topic {
     Topic::new("orders").expect("a valid topic")
 }
 
+/// What the limit calls.
+type Handler = Box<dyn Fn(&Arc<Event>) + Send>;
+
 /// The limit: handlers, called.
-pub(crate) struct Direct(pub(crate) Vec<Box<dyn Fn(&Arc<Event>) + Send>>);
+pub(crate) struct Direct(pub(crate) Vec<Handler>);
 
 impl Publish for Direct {
     async fn publish(&mut self, event: Arc<Event>) -> Result<(), BoxError> {

@@ -367,7 +367,8 @@ impl Batch {
 
 /// A stream of [`Batch`]es over a subscription; made by [`Subscription::batches`].
 ///
-/// A delivery waiting in a partial batch is held, and counts towards `max_in_flight`.
+/// A delivery waiting in a partial batch is held, and counts towards `max_in_flight`. Dropping the stream gives what waits
+/// back to the subscription's group, uncounted.
 pub struct Batches {
     subscription: Subscription,
     batcher: Batcher<Delivery>,
@@ -494,6 +495,15 @@ impl Stream for Batches {
                     _ => return Poll::Pending,
                 },
             }
+        }
+    }
+}
+
+/// What waits was not handed over yet: it is given back, uncounted (clause S2).
+impl Drop for Batches {
+    fn drop(&mut self) {
+        for Entry { item, .. } in self.batcher.buffer.drain(..) {
+            drop(item.release());
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -106,9 +107,9 @@ pub fn check_lease(names: &[&str], ttl: Option<Duration>) -> Result<()> {
 
 /// A lease that renews itself every third of its time to live, and tells its holder when it is lost.
 ///
-/// By the holder's own monotonic clock it is lost at the latest when its time to live has passed since the last renewal that
-/// succeeded was *asked for*: a holder that cannot reach the store knows before anybody else can acquire it. A process that
-/// was stopped knows only when it runs again, which is what the fencing token is for.
+/// By the holder's own monotonic clock it is lost at the latest when nine tenths of its time to live have passed since the last
+/// renewal that succeeded was *asked for*: a holder that cannot reach the store knows before anybody else can acquire it. A
+/// process that was stopped knows only when it runs again, which is what the fencing token is for.
 ///
 /// Dropping it stops renewing and releases it in the background; [`release`](Self::release) waits for that.
 #[derive(Debug)]
@@ -117,8 +118,10 @@ pub struct LeaseGuard {
     owner: String,
     token: u64,
     provider: Arc<dyn LeaseProvider>,
-    held: watch::Receiver<bool>,
+    /// Until when it is certainly held; none once it is lost.
+    held: watch::Receiver<Option<Instant>>,
     renewal: AbortHandle,
+    runtime: Handle,
     released: bool,
 }
 
@@ -150,11 +153,10 @@ impl LeaseGuard {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn adopt(provider: Arc<dyn LeaseProvider>, key: &str, lease: &Lease, ttl: Duration, asked: Instant) -> Self {
-        let (told, held) = watch::channel(true);
-        let (key, owner) = (key.to_owned(), lease.owner.clone());
-        let renewal =
-            tokio::spawn(keep(provider.clone(), key.clone(), owner.clone(), lease.token, ttl, asked, told)).abort_handle();
-        Self { key, owner, token: lease.token, provider, held, renewal, released: false }
+        let (told, held) = watch::channel(Some(certain(asked, ttl)));
+        let (key, owner, runtime) = (key.to_owned(), lease.owner.clone(), Handle::current());
+        let renewal = runtime.spawn(keep(provider.clone(), key.clone(), owner.clone(), lease.token, ttl, told)).abort_handle();
+        Self { key, owner, token: lease.token, provider, held, renewal, runtime, released: false }
     }
 
     /// The key.
@@ -169,48 +171,53 @@ impl LeaseGuard {
 
     /// Whether it is still held, as far as this process knows.
     pub fn is_held(&self) -> bool {
-        *self.held.borrow()
+        self.held.borrow().is_some_and(|until| Instant::now() < until)
     }
 
     /// Waits until the lease is lost. Cancel safe.
     pub async fn lost(&self) {
         let mut held = self.held.clone();
         // An error means that the renewal has ended, which it does only after telling.
-        let _ = held.wait_for(|held| !held).await;
+        let _ = held.wait_for(Option::is_none).await;
     }
 
-    /// Stops renewing and frees the lease; false if it had been lost.
+    /// Stops renewing and frees the lease; false if it had been lost. Dropping the future leaves that to the background.
     ///
     /// # Errors
     /// What the store refuses; the lease then ends with its time to live.
     pub async fn release(mut self) -> Result<bool> {
-        self.released = true;
         self.renewal.abort();
-        self.provider.release(&self.key, &self.owner).await
+        let released = self.provider.release(&self.key, &self.owner).await?;
+        self.released = true;
+        Ok(released)
     }
 
-    /// Hands the lease to another owner, who [adopts](Self::adopt) it; none if it had been lost.
+    /// Hands the lease to another owner, who [adopts](Self::adopt) it; none if it had been lost. Dropping the future frees the
+    /// lease in the background, unless it had been handed over already.
     ///
     /// # Errors
     /// What the store refuses; the lease then ends with its time to live.
     pub async fn transfer(mut self, to: &str, ttl: Duration) -> Result<Option<Lease>> {
-        self.released = true;
         self.renewal.abort();
-        self.provider.transfer(&self.key, &self.owner, to, ttl).await
+        let transferred = self.provider.transfer(&self.key, &self.owner, to, ttl).await?;
+        self.released = true;
+        Ok(transferred)
     }
 }
 
 impl Drop for LeaseGuard {
     fn drop(&mut self) {
         self.renewal.abort();
-        if !self.released
-            && self.is_held()
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
+        if !self.released && self.is_held() {
             let (provider, key, owner) = (self.provider.clone(), self.key.clone(), self.owner.clone());
-            runtime.spawn(async move { provider.release(&key, &owner).await });
+            self.runtime.spawn(async move { provider.release(&key, &owner).await });
         }
     }
+}
+
+/// Until when a lease that was asked for then is certainly held. A tenth is kept back for a clock and a scheduler that lag.
+fn certain(asked: Instant, ttl: Duration) -> Instant {
+    asked + ttl - ttl / 10
 }
 
 /// Renews until the lease is lost.
@@ -220,34 +227,29 @@ async fn keep(
     owner: String,
     token: u64,
     ttl: Duration,
-    asked: Instant,
-    told: watch::Sender<bool>,
+    told: watch::Sender<Option<Instant>>,
 ) {
-    let mut ends = asked + ttl;
     let mut pause = ttl / 3;
     loop {
+        let Some(until) = *told.borrow() else { return };
         tokio::time::sleep(pause).await;
         let asked = Instant::now();
-        let lost = match tokio::time::timeout_at(ends, provider.renew(&key, &owner, ttl)).await {
+        let still = match tokio::time::timeout_at(until, provider.renew(&key, &owner, ttl)).await {
             Ok(Ok(Some(lease))) if lease.token == token => {
-                ends = asked + ttl;
                 pause = ttl / 3;
-                false
+                Some(certain(asked, ttl))
             }
-            Ok(Ok(_)) => true,
+            Ok(Ok(_)) | Err(_) => None,
             Ok(Err(error)) => {
                 tracing::warn!(%key, %error, "cannot renew a lease");
                 pause = ttl / 10; // try again soon: the time to live runs on
-                Instant::now() + pause >= ends
+                (Instant::now() + pause < until).then_some(until)
             }
-            Err(_) => true,
         };
-        if lost {
-            tokio::time::sleep_until(ends.min(Instant::now())).await;
+        if still.is_none() {
             tracing::warn!(%key, "lost a lease");
-            told.send_replace(false);
-            return;
         }
+        told.send_replace(still);
     }
 }
 

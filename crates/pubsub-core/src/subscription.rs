@@ -119,6 +119,7 @@ impl Subscription {
                     self.lagged += delivery.lagged();
                     drop(delivery.settle(Settlement::Done));
                 }
+                Some(Ok(delivery)) if self.lagged == 0 => return Poll::Ready(Some(Ok(delivery))),
                 Some(Ok(delivery)) => {
                     let lagged = mem::take(&mut self.lagged) + delivery.lagged();
                     return Poll::Ready(Some(Ok(delivery.after_losing(lagged))));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -33,6 +33,8 @@ struct Instance {
     config: EmitterBuilder,
     status: watch::Sender<Status>,
     closed: watch::Sender<bool>,
+    /// The same as `closed`, for the paths that only look.
+    is_closed: AtomicBool,
     attached: Mutex<Attached>,
 }
 
@@ -80,7 +82,15 @@ impl EventEmitterPubSub {
     pub(crate) fn on(hub: Arc<Hub>, config: EmitterBuilder) -> Self {
         let status = watch::Sender::new(Status::Connected);
         let closed = watch::Sender::new(false);
-        Self(Arc::new(Instance { id: hub.number(), hub, config, status, closed, attached: Mutex::default() }))
+        Self(Arc::new(Instance {
+            id: hub.number(),
+            hub,
+            config,
+            status,
+            closed,
+            is_closed: AtomicBool::new(false),
+            attached: Mutex::default(),
+        }))
     }
 
     /// Subscribes a handler that is called in the publisher's task, before its publish returns: the fastest way, without queue,
@@ -114,7 +124,7 @@ impl EventEmitterPubSub {
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
-        if *self.0.closed.borrow() { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
+        if self.0.is_closed.load(Ordering::Acquire) { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
     }
 
     /// Refuses what must not be published, and makes payloads plain JSON where they have to be. `None` leaves the events as they
@@ -181,17 +191,18 @@ impl PubSub for EventEmitterPubSub {
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
+        // A publisher that never waits must let others run now and then.
+        tokio::task::consume_budget().await;
         let refuse = |error: Error| PublishError::none_sent(error.during("publish").on(topic), events.len());
         self.check_open("publish", topic).and_then(|()| options.validate()).and_then(|()| check_depth()).map_err(refuse)?;
         let prepared = if options.local_only { None } else { self.prepare(events).map_err(refuse)? };
         let events = prepared.as_deref().unwrap_or(events);
-        if *COOP {
-        tokio::task::consume_budget().await; }
-        let Some(state) = self.0.hub.topic(topic) else { return Ok(Positions::none()) };
-        let taken = if state.has_queue_of_publishers() { 0 } else { state.offer(events, self.only(&options)) };
+        let only = self.only(&options);
+        let taken = self.0.hub.offer(topic, events, only);
         if taken == events.len() {
             return Ok(Positions::none());
         }
+        let Some(state) = self.0.hub.topic(topic) else { return Ok(Positions::none()) };
         // Boxed, so that the common way does not pay for the size of this one.
         Box::pin(self.publish_waiting(&state, events, taken, &options)).await
     }
@@ -288,6 +299,7 @@ impl PubSub for EventEmitterPubSub {
                 None => {
                     let (tell, ended) = watch::channel(None);
                     attached.closing = Some(ended.clone());
+                    self.0.is_closed.store(true, Ordering::Release);
                     self.0.closed.send_replace(true);
                     self.0.status.send_replace(Status::Closed);
                     let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
@@ -335,5 +347,3 @@ impl fmt::Debug for EventEmitterPubSub {
         f.debug_struct("EventEmitterPubSub").field("instance", &self.0.id).field("hub", &self.0.hub).finish_non_exhaustive()
     }
 }
-
-static COOP: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| std::env::var_os("COOP").is_some());

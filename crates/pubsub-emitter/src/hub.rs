@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::{Mutex, RwLock};
-use pubsub_core::machinery::{DeadLetterSink, Timer};
+use pubsub_core::machinery::{DeadLetterSink, InstanceId, Timer, Wakers};
 use pubsub_core::{Error, Event, EventId, Result, Topic};
 use smol_str::SmolStr;
 use tokio::time::Instant;
@@ -103,6 +103,21 @@ impl Hub {
     /// A topic, if anything is attached to it or kept in it.
     pub(crate) fn topic(&self, topic: &Topic) -> Option<Arc<TopicState>> {
         self.topics.read().get(topic).cloned()
+    }
+
+    /// Offers events to a topic and returns how many were taken: as many as its queues have room for, none if publishers wait for
+    /// room already, all if nobody is attached.
+    pub(crate) fn offer(&self, topic: &Topic, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
+        let mut wakers = Wakers::new();
+        let offered = {
+            let topics = self.topics.read();
+            let Some(state) = topics.get(topic) else { return events.len() };
+            if state.has_queue_of_publishers() {
+                return 0;
+            }
+            state.push(events, only, &mut wakers)
+        };
+        offered.finish(topic, events, only, wakers)
     }
 
     /// Attaches something to a topic, made if need be. No topic is forgotten meanwhile.

@@ -44,6 +44,23 @@ struct Letters {
     retention: usize,
 }
 
+/// What came of pushing events, and the handlers to call with those that were taken.
+pub(crate) struct Offered {
+    taken: usize,
+    inline: Option<Arc<[Arc<Inline>]>>,
+}
+
+impl Offered {
+    /// Wakes consumers and calls inline handlers, and returns how many events were taken.
+    pub(crate) fn finish(self, topic: &Topic, events: &[Arc<Event>], only: Option<InstanceId>, wakers: Wakers) -> usize {
+        wakers.into_iter().for_each(Waker::wake);
+        if let Some(inline) = self.inline {
+            call(&inline, topic, &events[..self.taken], only);
+        }
+        self.taken
+    }
+}
+
 impl TopicState {
     pub(crate) fn new(topic: Topic) -> Self {
         Self { topic, attached: Mutex::default(), waiting: AtomicUsize::new(0), lane: tokio::sync::Mutex::default() }
@@ -54,23 +71,22 @@ impl TopicState {
         self.waiting.load(Ordering::Acquire) > 0
     }
 
-    /// Gives as many of the events, in order, as every queue has room for, to all; then calls inline handlers with them. Events
-    /// `only` for one instance go to that instance's subscriptions. Returns how many were taken.
+    /// Gives as many of the events, in order, as every queue has room for, to all. Events `only` for one instance go to that
+    /// instance's subscriptions. What is to be done without locks is left to [`Offered::finish`].
+    pub(crate) fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, wakers: &mut Wakers) -> Offered {
+        let attached = self.attached.lock();
+        let taken = attached.room(only).min(events.len());
+        for queue in attached.queues(only) {
+            queue.push(entries(&events[..taken], only), wakers);
+        }
+        Offered { taken, inline: (!attached.inline.is_empty()).then(|| attached.inline.clone()) }
+    }
+
+    /// Offers events and returns how many were taken.
     pub(crate) fn offer(&self, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
         let mut wakers = Wakers::new();
-        let (taken, inline) = {
-            let attached = self.attached.lock();
-            let taken = attached.room(only).min(events.len());
-            for queue in attached.queues(only) {
-                queue.push(entries(&events[..taken], only), &mut wakers);
-            }
-            (taken, (!attached.inline.is_empty()).then(|| attached.inline.clone()))
-        };
-        wakers.into_iter().for_each(Waker::wake);
-        if let Some(inline) = inline {
-            call(&inline, &self.topic, &events[..taken], only);
-        }
-        taken
+        let offered = self.push(events, only, &mut wakers);
+        offered.finish(&self.topic, events, only, wakers)
     }
 
     /// Waits in turn until `offer` says that all has been taken; false if the deadline comes first. Cancel safe.

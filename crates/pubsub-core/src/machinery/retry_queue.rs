@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
+use std::mem;
 
 use tokio::time::Instant;
 
@@ -60,14 +61,21 @@ impl<T> RetryQueue<T> {
         self.heap.is_empty()
     }
 
-    /// Forgets all that wait.
-    pub fn clear(&mut self) {
-        self.heap = BinaryHeap::new();
-    }
-
     /// Forgets those that do not pass.
     pub fn retain(&mut self, keep: impl Fn(&T) -> bool) {
         self.heap.retain(|waiting| keep(&waiting.item));
+    }
+
+    /// Takes out those for which this is true, in no order.
+    pub fn extract(&mut self, mut take: impl FnMut(&T) -> bool) -> Vec<T> {
+        let (taken, left): (Vec<_>, Vec<_>) = mem::take(&mut self.heap).into_iter().partition(|waiting| take(&waiting.item));
+        self.heap = left.into();
+        taken.into_iter().map(|waiting| waiting.item).collect()
+    }
+
+    /// All that wait, in no order.
+    pub fn into_items(self) -> impl Iterator<Item = T> {
+        self.heap.into_iter().map(|waiting| waiting.item)
     }
 
     /// All that wait, in no order.

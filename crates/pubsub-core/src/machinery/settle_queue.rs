@@ -11,7 +11,8 @@ use crate::{Receipt, Settled};
 
 /// Records settlements without blocking and hands them to whoever sends them.
 ///
-/// It has no bound of its own: what is recorded was in flight, and that is bounded by `max_in_flight`.
+/// It has no bound of its own: what is recorded was in flight, and that is bounded by `max_in_flight`. What still waits to be
+/// sent when the last of the queue's handles and open settlements is dropped is [`Settled::Unconfirmed`].
 pub struct SettleQueue<T>(Arc<Shared<T>>);
 
 struct Shared<T> {
@@ -21,7 +22,8 @@ struct Shared<T> {
 }
 
 struct State<T> {
-    waiting: VecDeque<OpenSettlement<T>>,
+    /// Not open settlements yet: those refer to this queue, which would then keep itself alive.
+    waiting: VecDeque<(T, u64, oneshot::Sender<Settled>)>,
     /// Numbers of all that were recorded and not answered.
     open: BTreeSet<u64>,
     next: u64,
@@ -61,7 +63,7 @@ impl<T: Send + 'static> SettleQueue<T> {
             let number = state.next;
             state.next += 1;
             state.open.insert(number);
-            state.waiting.push_back(OpenSettlement { what, answer: Some(answer), number, queue: self.0.clone() });
+            state.waiting.push_back((what, number, answer));
         }
         self.0.recorded.notify_one();
         receipt
@@ -74,7 +76,9 @@ impl<T: Send + 'static> SettleQueue<T> {
                 let mut state = self.0.state.lock();
                 if !state.waiting.is_empty() {
                     let count = state.waiting.len().min(most);
-                    return state.waiting.drain(..count).collect();
+                    let open =
+                        |(what, number, answer)| OpenSettlement { what, answer: Some(answer), number, queue: self.0.clone() };
+                    return state.waiting.drain(..count).map(open).collect();
                 }
             }
             self.0.recorded.notified().await;
@@ -166,5 +170,16 @@ mod tests {
         }
         queue.flush().now_or_never().expect("all answered");
         assert!(queue.next_batch(1).now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_nobody_will_send_is_unconfirmed() {
+        let queue = SettleQueue::new();
+        let (sent, unsent) = (queue.record(1), queue.record(2));
+        let batch = queue.next_batch(1).await;
+        drop(queue);
+        batch.into_iter().for_each(|open| open.answer(Settled::Done));
+        assert_eq!(sent.now_or_never(), Some(Settled::Done));
+        assert_eq!(unsent.now_or_never(), Some(Settled::Unconfirmed), "it went with its queue");
     }
 }

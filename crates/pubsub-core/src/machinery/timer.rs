@@ -26,8 +26,27 @@ pub struct Timer {
 }
 
 struct Shared {
-    deadlines: Mutex<RetryQueue<Weak<dyn Due>>>,
+    deadlines: Mutex<Deadlines>,
     earlier: Notify,
+}
+
+#[derive(Default)]
+struct Deadlines {
+    queue: RetryQueue<Weak<dyn Due>>,
+    /// How many there were when those of targets that are gone were last thrown out.
+    kept: usize,
+}
+
+impl Deadlines {
+    /// A weak reference keeps its target's memory, and a deadline may be hours away: those of targets that are gone must not
+    /// gather until then.
+    fn push(&mut self, when: Instant, target: Weak<dyn Due>) {
+        self.queue.push(when, target);
+        if self.queue.len() > 2 * self.kept.max(32) {
+            self.queue.retain(|target| target.strong_count() > 0);
+            self.kept = self.queue.len();
+        }
+    }
 }
 
 impl Timer {
@@ -51,7 +70,7 @@ impl Timer {
     pub fn call_at(&self, when: Instant, target: Weak<dyn Due>) {
         let earliest = {
             let mut deadlines = self.shared.deadlines.lock();
-            let earliest = deadlines.next_due().is_none_or(|next| when < next);
+            let earliest = deadlines.queue.next_due().is_none_or(|next| when < next);
             deadlines.push(when, target);
             earliest
         };
@@ -80,7 +99,7 @@ async fn keep_time(shared: Arc<Shared>) {
         let now = Instant::now();
         loop {
             // Its own statement: the lock must not live through the call.
-            let next = shared.deadlines.lock().pop_due(now);
+            let next = shared.deadlines.lock().queue.pop_due(now);
             let Some(target) = next else { break };
             let Some(target) = target.upgrade() else { continue };
             let weak = Arc::downgrade(&target);
@@ -88,7 +107,7 @@ async fn keep_time(shared: Arc<Shared>) {
                 shared.deadlines.lock().push(again, weak);
             }
         }
-        let next = shared.deadlines.lock().next_due();
+        let next = shared.deadlines.lock().queue.next_due();
         let earlier = shared.earlier.notified();
         match next {
             Some(next) => drop(tokio::time::timeout_at(next, earlier).await),
@@ -107,7 +126,7 @@ impl Drop for Timer {
 
 impl fmt::Debug for Timer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Timer").field("deadlines", &self.shared.deadlines.lock().len()).finish_non_exhaustive()
+        f.debug_struct("Timer").field("deadlines", &self.shared.deadlines.lock().queue.len()).finish_non_exhaustive()
     }
 }
 

@@ -1,0 +1,108 @@
+//! A member's side of a queue: its stream and its handles.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use async_trait::async_trait;
+
+use super::DeliveryQueue;
+use super::state::Item;
+use crate::{AckMode, Control, Delivery, Result, Source, SubscriptionStatus};
+
+/// A member's place in a queue, shared by its source and its handles.
+pub(super) struct Membership {
+    pub(super) queue: Arc<DeliveryQueue>,
+    pub(super) member: u64,
+    pub(super) ended: AtomicBool,
+    pub(super) on_end: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Membership {
+    fn end(&self) {
+        if !self.ended.swap(true, Ordering::AcqRel) {
+            self.queue.leave(self.member);
+            (self.on_end)();
+        }
+    }
+}
+
+#[async_trait]
+impl Control for Membership {
+    fn stop(&self) {
+        self.end();
+    }
+
+    async fn stopped(&self) {
+        // Leaving is immediate: once `end` has returned, nothing can arrive.
+    }
+
+    async fn drained(&self) {
+        self.queue.drained().await;
+    }
+
+    fn status(&self) -> SubscriptionStatus {
+        self.queue.member_status(self.member)
+    }
+}
+
+impl fmt::Debug for Membership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Membership").field("queue", &self.queue).field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+/// A member's stream.
+pub(super) struct QueueSource {
+    membership: Arc<Membership>,
+    /// Taken and not handed over; only a fan-out member has any.
+    stash: VecDeque<Item>,
+    /// The most to take in one go.
+    take: usize,
+}
+
+impl QueueSource {
+    pub(super) fn new(membership: Arc<Membership>, take: usize) -> Self {
+        Self { membership, stash: VecDeque::new(), take }
+    }
+
+    /// The next delivery without a lock, where nothing needs one: it is settled by being handed over, at its first attempt.
+    fn next_stashed(&mut self) -> Option<Delivery> {
+        let first = self.stash.front().is_some_and(|item| item.entry.attempt == 1);
+        let queue = &self.membership.queue;
+        if !first || queue.has_ended.load(Ordering::Acquire) {
+            return None;
+        }
+        let Item { entry, lagged } = self.stash.pop_front()?;
+        queue.stashed.store(self.stash.len(), Ordering::Release);
+        if self.stash.is_empty() {
+            // Ordered against a waiter that counts itself in and then looks.
+            std::sync::atomic::fence(Ordering::SeqCst);
+            queue.ring_drained();
+        }
+        Some(entry.settled(lagged))
+    }
+}
+
+impl Source for QueueSource {
+    fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+        // Yields now and then, however much there is to take.
+        std::task::ready!(pin!(tokio::task::consume_budget()).poll(cx));
+        if mode == AckMode::Auto
+            && let Some(delivery) = self.next_stashed()
+        {
+            return Poll::Ready(Some(Ok(delivery)));
+        }
+        let Membership { queue, member, .. } = &*self.membership;
+        queue.poll_take(*member, &mut self.stash, self.take, cx, mode)
+    }
+}
+
+impl Drop for QueueSource {
+    fn drop(&mut self) {
+        self.membership.end();
+    }
+}
