@@ -1,11 +1,12 @@
 //! What a backend brings to be tested: a way to make instances, and optional handles on what lies below them.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pubsub_core::{Capabilities, Group, PubSub, Result, Topic};
+use pubsub_core::{Capabilities, Event, Group, PubSub, Result, Topic};
 
 /// A bus under test.
 ///
@@ -59,6 +60,11 @@ pub trait Harness: Send + Sync + 'static {
 
     /// A way past the backend's own encoding.
     fn raw(&self) -> Option<&dyn Raw> {
+        None
+    }
+
+    /// Inline subscriptions, which the trait every backend implements does not know (clause I1).
+    fn inline(&self) -> Option<&dyn Inline> {
         None
     }
 }
@@ -185,6 +191,18 @@ pub trait Processes: Send + Sync {
 pub trait Process: Send {
     /// Kills it, as `kill -9` does; gone when this returns.
     async fn kill(self: Box<Self>) -> Result<()>;
+}
+
+/// A handler that is called in the publisher's task.
+pub type InlineHandler = Box<dyn Fn(&Arc<Event>) + Send + Sync>;
+
+/// Makes inline subscriptions.
+pub trait Inline: Send + Sync {
+    /// Subscribes a handler on an instance of this harness's bus. Dropping what is returned unsubscribes.
+    fn subscribe(&self, topic: &Topic, handler: InlineHandler) -> Result<Box<dyn Any + Send>>;
+
+    /// How deep handlers may publish to further handlers.
+    fn max_depth(&self) -> usize;
 }
 
 /// A way past the backend's own encoding.

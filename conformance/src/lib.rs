@@ -70,7 +70,7 @@ mod suite;
 
 pub use ctx::{Consumer, Ctx, exactly, panic_on_purpose};
 pub use expectation::Differences;
-pub use harness::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
+pub use harness::{Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing};
 pub use mimic::main;
 pub use properties::registry;
 pub use property::{Mismatch, Need, Outcome, Property, Verdict, omitted, property};

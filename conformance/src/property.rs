@@ -139,6 +139,8 @@ pub enum Need {
     SecondProcess,
     /// A way past the encoding.
     RawInjection,
+    /// Inline subscriptions.
+    Inline,
     /// A harness whose name is this, or starts with this and a `-`: for properties of one backend.
     Backend(&'static str),
 }
@@ -166,6 +168,7 @@ impl Need {
             }
             Self::SecondProcess => (harness.processes().is_some(), "needs a second process on the bus".into()),
             Self::RawInjection => (harness.raw().is_some(), "needs a way past the encoding".into()),
+            Self::Inline => (harness.inline().is_some(), "needs inline subscriptions".into()),
             Self::Backend(name) => {
                 let rest = harness.name().strip_prefix(name);
                 (rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-')), format!("is about the backend {name}"))

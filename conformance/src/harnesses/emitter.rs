@@ -1,12 +1,13 @@
 //! The in-process bus as a harness: as it is by default, and with strict payloads.
 
+use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
-use pubsub_core::{Capabilities, PubSub, Reach, Result};
-use pubsub_emitter::EventEmitterPubSub;
+use pubsub_core::{Capabilities, PubSub, Reach, Result, Topic};
+use pubsub_emitter::{EventEmitterPubSub, MAX_INLINE_DEPTH};
 
-use crate::Harness;
+use crate::{Harness, Inline, InlineHandler};
 
 /// The in-process bus.
 #[derive(Debug)]
@@ -59,5 +60,19 @@ impl Harness for EmitterHarness {
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
         Ok(Arc::new(self.bus()?.connect()))
+    }
+
+    fn inline(&self) -> Option<&dyn Inline> {
+        Some(self)
+    }
+}
+
+impl Inline for EmitterHarness {
+    fn subscribe(&self, topic: &Topic, handler: InlineHandler) -> Result<Box<dyn Any + Send>> {
+        Ok(Box::new(self.bus()?.subscribe_inline(topic, handler)?))
+    }
+
+    fn max_depth(&self) -> usize {
+        MAX_INLINE_DEPTH
     }
 }

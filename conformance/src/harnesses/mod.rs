@@ -1,10 +1,12 @@
 //! The backends of this workspace as harnesses.
 
 mod emitter;
+mod slow_remote;
 
 use std::sync::Arc;
 
 pub use emitter::EmitterHarness;
+pub use slow_remote::SlowRemoteHarness;
 
 use crate::Harness;
 

@@ -1,5 +1,7 @@
 //! What backends say about themselves, and clauses no other section covers.
 
+mod promises;
+
 use std::sync::Arc;
 
 use pubsub_core::{Capability, Deduplication, ErrorKind, Event, Start};
@@ -8,10 +10,12 @@ use crate::oracle::{exactly_once, ids};
 use crate::{Ctx, Property, Verdict, ensure, ensure_eq, property};
 
 pub(crate) fn properties() -> Vec<Property> {
-    vec![
+    let mut properties = vec![
         property("META-1", "A bus advertises what it is declared to do, and nothing else", &["K1"], advertised),
         property("META-2", "What is declared works, and what is not is refused or visibly absent", &["K1"], truthful),
-    ]
+    ];
+    properties.extend(promises::properties());
+    properties
 }
 
 async fn advertised(ctx: Ctx) -> Verdict {

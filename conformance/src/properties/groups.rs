@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use futures::future::join;
 use pubsub_core::{Capability, Group, Topic};
 
 use crate::oracle::{Recorder, at_least_once, exactly_once, ids, in_order};
@@ -56,6 +57,8 @@ pub(crate) fn properties() -> Vec<Property> {
         property("GR-18", "A group may be joined for the first time by several at once", &["B1", "B2"], joined_at_once)
             .needs([GROUPS]),
         property("GR-19", "Members that come and go under load lose nothing", &["S2", "B2"], churn).needs([GROUPS]),
+        property("GR-21", "A member that stopped asking after it was woken holds nothing back", &["B2", "S2"], stops_asking)
+            .needs([GROUPS]),
         omitted(
             "GR-20",
             "Leaving a fan-out subscription frees what the server kept for it",
@@ -123,6 +126,22 @@ async fn all_ready(ctx: Ctx) -> Verdict {
     settled(&ctx, &recorder, sent.len() - seen.len(), &members).await?;
     seen.extend(recorder.ids());
     exactly_once(&ids(&sent), &seen)
+}
+
+async fn stops_asking(ctx: Ctx) -> Verdict {
+    let (bus, topic, group) = (ctx.bus().await?, ctx.topic("stops"), ctx.group("g"));
+    // It asks once, waits, is told that there is work, and never comes back for it.
+    let mut stops = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
+    ctx.quiet(&mut stops).await?;
+    let mut works = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
+    let sent = ids(&ctx.publish(&bus, &topic, 1).await?);
+    exactly_once(&sent, &ctx.collect_done(&mut works, 1).await?)?;
+    for _ in 0..5 {
+        // Now the one that works waits, which is polled first, and the next event must wake it, whoever else was woken before.
+        let (seen, sent) = join(ctx.collect_done(&mut works, 1), ctx.publish(&bus, &topic, 1)).await;
+        exactly_once(&ids(&sent?), &seen?)?;
+    }
+    Ok(())
 }
 
 async fn lone_member(ctx: Ctx) -> Verdict {

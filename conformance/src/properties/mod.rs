@@ -4,8 +4,10 @@ mod batch;
 mod close;
 mod concurrency;
 mod contract;
+mod contract_state;
 mod failure;
 mod groups;
+mod inline;
 mod interop;
 mod leases;
 mod limits;
@@ -38,6 +40,8 @@ pub fn registry() -> Vec<Property> {
         local::properties,
         interop::properties,
         contract::properties,
+        contract_state::properties,
+        inline::properties,
     ]
     .into_iter()
     .flat_map(|section| section())

@@ -154,7 +154,7 @@ pub struct ReplayIndex {
 /// # use pubsub_core::Event;
 /// let event = Event::new("order.placed").with_run_id("run-7").with_data(vec![1, 2, 3]);
 /// assert_eq!(*event.data::<Vec<u64>>()?, [1, 2, 3]);
-/// # pubsub_core::Result::Ok(())
+/// # Ok::<(), pubsub_core::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct Event {

@@ -64,7 +64,7 @@ async fn handlers_start_in_order_and_no_more_than_allowed_at_once() {
             started.lock().push(of(&message));
             running.set(running.get() + 1);
             most.set(most.get().max(running.get()));
-            tokio::time::sleep(millis(u64::from(of(&message) % 7))).await;
+            tokio::time::sleep(millis(u64::from(1 + of(&message) % 7))).await;
             running.set(running.get() - 1);
             Ok(())
         })
@@ -154,33 +154,23 @@ async fn a_handler_that_runs_too_long_is_cancelled_and_retried() {
 #[tokio::test(start_paused = true)]
 async fn a_handler_that_lost_its_delivery_is_cancelled() {
     let bench = Bench::new();
-    let queue = bench.group();
-    let mut slow = join(&queue, HERE, member().max_hold(millis(300)));
-    let mut other = join(&queue, THERE, member());
+    let (queue, mut subscription) = bench.fan_out(quick().max_hold(millis(300)));
     push(&queue, [7]);
-    let dropped = Arc::new(AtomicU32::new(0));
-    let slow_run = async {
-        let run = slow.run(1, |_| {
-            let guard = CountDrop(dropped.clone());
-            async move {
-                let _guard = guard;
+    let (dropped, start) = (Arc::new(AtomicU32::new(0)), Instant::now());
+    let done = run_all(&mut subscription, 1, |message| {
+        let (guard, gone) = (CountDrop(dropped.clone()), dropped.load(Ordering::Relaxed));
+        async move {
+            let _guard = guard;
+            if message.attempt() == 1 {
                 pending::<()>().await;
-                Ok(())
             }
-        });
-        run.await.expect("no error")
-    };
-    let other_run = async {
-        tokio::time::sleep(millis(1)).await; // the slow one goes first
-        let delivery = next(&mut other).await;
-        assert_eq!((number(&delivery), delivery.attempt()), (7, 2));
-        tokio::time::sleep(millis(1)).await;
-        assert_eq!(dropped.load(Ordering::Relaxed), 1, "the first handler is gone while the second works");
-        drop(delivery.done());
-        queue.end();
-    };
-    let (report, ()) = soon(futures::future::join(slow_run, other_run)).await;
-    assert_eq!((report.revoked, report.done, report.unconfirmed), (1, 0, 0));
+            assert_eq!((message.attempt(), gone), (2, 1), "the first was cancelled before the second began");
+            Ok(())
+        }
+    })
+    .await;
+    assert_eq!((done.revoked, done.done, done.retried, done.unconfirmed), (1, 1, 0, 0));
+    assert!((millis(300)..millis(310)).contains(&start.elapsed()));
 }
 
 #[tokio::test(start_paused = true)]
@@ -433,7 +423,7 @@ async fn next_batch(batches: &mut pubsub_core::Batches) -> Vec<(u32, u32)> {
 }
 
 fn nothing_yet(batches: &mut pubsub_core::Batches) -> bool {
-    tokio::task::coop::unconstrained(futures::StreamExt::next(batches)).now_or_never().is_none()
+    now(|| tokio::task::coop::unconstrained(futures::StreamExt::next(batches)).now_or_never()).is_none()
 }
 
 #[tokio::test(start_paused = true)]
@@ -462,7 +452,7 @@ async fn what_the_policy_drops_is_settled() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_dropped_unsettled_is_retried_and_so_is_a_partial_one() {
+async fn a_batch_dropped_unsettled_is_retried_and_a_partial_one_is_released() {
     let bench = Bench::new();
     let queue = bench.group();
     let mut sibling = join(&queue, HERE, member());
@@ -470,16 +460,16 @@ async fn a_batch_dropped_unsettled_is_retried_and_so_is_a_partial_one() {
     push(&queue, 0..4);
     drop(soon(futures::StreamExt::next(&mut batches)).await.unwrap().unwrap());
     assert!(nothing_yet(&mut batches), "one waits in a partial batch");
+    assert_eq!(queue.status().held, 1);
     drop(batches);
     let mut back = Vec::new();
     for _ in 0..4 {
         let delivery = next(&mut sibling).await;
-        assert_eq!(delivery.attempt(), 2);
-        back.push(number(&delivery));
+        back.push((number(&delivery), delivery.attempt()));
         drop(delivery.done());
     }
     back.sort_unstable();
-    assert_eq!(back, [0, 1, 2, 3]);
+    assert_eq!(back, [(0, 2), (1, 2), (2, 2), (3, 1)], "the last was never handed over");
 }
 
 #[tokio::test(start_paused = true)]
@@ -512,16 +502,20 @@ async fn batches_settle_by_outcome() {
     let (handle, calls) = (subscription.handle(), AtomicU32::new(0));
     let run = subscription.run_batches(in_threes(), async |batch| {
         let call = calls.fetch_add(1, Ordering::Relaxed);
-        assert!(batch.iter().all(|message| message.attempt() == call + 1), "{batch:?}");
+        assert!(batch.len() == 3 && batch.iter().all(|message| message.attempt() == call + 1), "{batch:?}");
         match call {
             0 => Err(Failure::retry("not yet")),
             1 => panic!("not yet"),
             2 => pending().await,
-            _ => Ok(()),
+            _ => {
+                handle.stop();
+                Ok(())
+            }
         }
     });
-    let (handled, ()) = soon(futures::future::join(run, stop_when_drained(handle))).await;
-    assert_eq!((handled.unwrap(), calls.load(Ordering::Relaxed)), (1, 4));
+    assert_eq!(soon(run).await.unwrap(), 1);
+    assert_eq!(calls.load(Ordering::Relaxed), 4);
+    assert!(queue.is_drained());
 }
 
 #[tokio::test(start_paused = true)]

@@ -31,7 +31,8 @@ pub(crate) struct Hub {
     /// Names this bus in cursors.
     id: SmolStr,
     retention: usize,
-    topics: RwLock<HashMap<Topic, Arc<TopicState>>>,
+    /// Every publish looks its topic up here.
+    topics: RwLock<HashMap<Topic, Arc<TopicState>, foldhash::fast::RandomState>>,
     leases: Arc<MemoryLeases>,
     timer: Mutex<Option<Arc<Timer>>>,
     next: AtomicU64,

@@ -148,8 +148,16 @@ impl State {
         self.sessions.values_mut().for_each(|heard| *heard = now);
     }
 
-    pub(super) fn sessions(&self) -> usize {
-        self.sessions.len()
+    /// What clients have made here and should have cleaned up.
+    pub(super) fn resources(&self) -> BTreeMap<String, u64> {
+        let members = self.topics.values().flat_map(|log| log.groups.values()).map(|group| group.members.len() as u64);
+        [("sessions".to_owned(), self.sessions.len() as u64), ("members".to_owned(), members.sum())].into()
+    }
+
+    /// How many deliveries of a group are with a member, or came back.
+    pub(super) fn pending(&self, topic: &Topic, group: &Group) -> u64 {
+        let group = self.topics.get(topic).and_then(|log| log.groups.get(group));
+        group.map_or(0, |group| group.pending.len() as u64)
     }
 
     /// Forgets a session. What it had started is one attempt higher for others; what it had merely taken is not.
@@ -304,7 +312,8 @@ impl State {
         let name = self.name.clone();
         let log = self.log(topic);
         let groups = std::mem::take(&mut log.groups);
-        let members = groups.into_iter().map(|(name, Members { members, .. })| (name, Members { members, ..Members::default() }));
+        let members =
+            groups.into_iter().map(|(name, Members { members, .. })| (name, Members { members, ..Members::default() }));
         *log = Log { groups: members.collect(), ..Log::of_generation(&name, log.number, log.generation + 1) };
         self.changed = true;
     }
@@ -334,7 +343,7 @@ impl State {
             let held = group.pending.values().filter(|pending| pending.started).count() as u64;
             let oldest = group.pending.values().map(|pending| &pending.stored).chain(unread.clone());
             let oldest = oldest.map(|stored| stored.created_at.as_millis()).min();
-            let age = |millis| (Timestamp::now().as_millis() - millis).try_into().unwrap_or(0);
+            let age = |millis: i64| u64::try_from(Timestamp::now().as_millis() - millis).unwrap_or(0);
             let mut of_group = GroupStatus::new(name.clone());
             of_group.held = Some(held);
             of_group.waiting = Some(unread.count() as u64 + group.pending.len() as u64 - held);

@@ -75,9 +75,9 @@ async fn recorded_at_once(ctx: Ctx) -> Verdict {
             seen.push((delivery.event().id().clone(), delivery.attempt()));
             receipts.push(if delivery.attempt() == 1 { delivery.retry() } else { delivery.done() });
         }
-        for attempt in [1, 2] {
-            let of_attempt = |(id, seen): &(_, u32)| (*seen == attempt).then_some(id);
-            let seen: Vec<_> = seen.iter().filter_map(of_attempt).cloned().collect();
+        let (first, second): (Vec<_>, Vec<_>) = seen.into_iter().partition(|(_, attempt)| *attempt == 1);
+        for (attempt, seen) in [(1, first), (2, second)] {
+            let seen: Vec<_> = seen.into_iter().map(|(id, _)| id).collect();
             exactly_once(&ids(&sent), &seen).map_err(|why| why.at(format!("attempt {attempt}")))?;
         }
         for receipt in receipts {
@@ -103,7 +103,7 @@ async fn unpolled(ctx: Ctx) -> Verdict {
         let released = ctx.next(&mut subscription).await?;
         ensure_eq!(released.attempt(), 2, "attempt after a release");
         drop(released.dead_letter("no use"));
-        ctx.next(&mut letters).await?;
+        drop(ctx.next(&mut letters).await?);
         ctx.publish(&bus, &topic, 1).await?;
         drop(ctx.next(&mut subscription).await?.done());
         ctx.nothing_more(&bus, &topic, [&mut subscription]).await?;

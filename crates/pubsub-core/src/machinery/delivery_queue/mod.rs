@@ -212,6 +212,9 @@ impl DeliveryQueue {
         let mut freed = std::pin::pin!(freed);
         freed.as_mut().enable();
         let _wanted = Wanted::new(&self.room_wanted);
+        // Being counted in comes before this lock, and looking comes after it: whoever frees room under it sees the one or lets
+        // the other be seen.
+        drop(self.state.lock());
         if self.room() == 0 && !self.is_ended() {
             freed.await;
         }
@@ -237,18 +240,24 @@ impl DeliveryQueue {
     ///
     /// Entries local to an instance without a member are refused by doing nothing.
     pub fn push(&self, entries: impl IntoIterator<Item = Entry>, wakers: &mut Wakers) {
-        let mut chores = Chores::default();
-        {
+        let mut dropped = Vec::new();
+        let chores = {
             let mut state = self.state.lock();
             if state.ended {
                 return;
             }
-            state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), &mut chores);
+            state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), &mut dropped);
             self.len.store(state.bounded_len(), Ordering::Release);
-            state.wake(&mut chores);
+            state.is_anyone_parked().then(|| {
+                let mut chores = Chores::default();
+                state.wake(&mut chores);
+                chores
+            })
+        };
+        if let Some(mut chores) = chores {
+            wakers.append(&mut chores.wakers);
+            self.finish(&mut chores);
         }
-        wakers.append(&mut chores.wakers);
-        self.finish(&mut chores);
     }
 
     /// Ends the queue: what waits is dropped, members' streams end. Returns how many entries were dropped.
@@ -256,7 +265,7 @@ impl DeliveryQueue {
         let mut chores = Chores::default();
         let dropped = {
             let mut state = self.state.lock();
-            let dropped = state.end(&mut chores) + self.stashed.load(Ordering::SeqCst) as u64;
+            let dropped = self.stashed(&state) + state.end(&mut chores);
             self.publish_state(&state);
             dropped
         };
@@ -297,9 +306,16 @@ impl DeliveryQueue {
         count
     }
 
+    /// What the only member's source took and did not hand over; nothing once the queue has ended, whatever the source may still
+    /// be storing. While the lock is held it only becomes less.
+    fn stashed(&self, state: &State) -> u64 {
+        if state.ended { 0 } else { self.stashed.load(Ordering::SeqCst) as u64 }
+    }
+
     /// Whether nothing is queued, held, or due to come back.
     pub fn is_drained(&self) -> bool {
-        self.stashed.load(Ordering::SeqCst) == 0 && self.state.lock().is_drained()
+        let state = self.state.lock();
+        state.is_drained() && self.stashed(&state) == 0
     }
 
     /// Waits until [`is_drained`](Self::is_drained). Cancel safe.
@@ -330,7 +346,7 @@ impl DeliveryQueue {
         let state = self.state.lock();
         let held = state.held_by(instance).count() as u64;
         let others = self.durable || state.has_member_beyond(instance);
-        let waiting = if others { 0 } else { state.waiting() + self.stashed.load(Ordering::SeqCst) as u64 };
+        let waiting = if others { 0 } else { state.waiting() + self.stashed(&state) };
         (held, waiting)
     }
 
@@ -344,7 +360,7 @@ impl DeliveryQueue {
             Duration::from_millis(Timestamp::now().as_millis().saturating_sub(time.as_millis()).try_into().unwrap_or(0))
         };
         QueueStatus {
-            waiting: state.waiting() + self.stashed.load(Ordering::SeqCst) as u64,
+            waiting: state.waiting() + self.stashed(&state),
             held: state.held.len() as u64,
             oldest: oldest.map(age),
             members: state.members() as u64,
@@ -353,9 +369,8 @@ impl DeliveryQueue {
 
     fn member_status(&self, member: u64) -> SubscriptionStatus {
         let state = self.state.lock();
-        let stashed = self.stashed.load(Ordering::SeqCst);
         SubscriptionStatus {
-            queued: (state.bounded_len() + state.returned.len() + stashed) as u64,
+            queued: (state.bounded_len() + state.returned.len()) as u64 + self.stashed(&state),
             held: state.held.iter().filter(|(_, held)| held.member == member).count() as u64,
             delayed: state.delayed.len() as u64,
             lagged: state.counts.lagged,
@@ -392,7 +407,8 @@ impl DeliveryQueue {
                 return Poll::Pending;
             };
             state.found(token);
-            if self.group.is_none() && stash.is_empty() {
+            if self.group.is_none() && mode == AckMode::Auto && stash.is_empty() {
+                // Handing these over will need no lock.
                 let more = (take - 1).min(state.ready.len());
                 if more == state.ready.len() {
                     std::mem::swap(stash, &mut state.ready);
@@ -443,9 +459,6 @@ impl DeliveryQueue {
     /// Makes readable without the lock what leaving and ending change.
     fn publish_state(&self, state: &State) {
         self.has_ended.store(state.ended, Ordering::Release);
-        if state.ended {
-            self.stashed.store(0, Ordering::SeqCst); // its source hands nothing of it over any more
-        }
         self.lossy.store(state.is_lossy(), Ordering::Relaxed);
         self.len.store(state.bounded_len(), Ordering::Release);
     }

@@ -18,6 +18,10 @@ use crate::{Event, Overflow, SubscribeOptions, Topic};
 /// stopped polling can delay what it was woken for.
 const WAKE_PATIENCE: Duration = Duration::from_millis(2);
 
+/// How many deliveries may wait for their back-off, or `max_in_flight` if that is more, before members get nothing new: what fails
+/// faster than it is retried holds publishers back, rather than pile up here.
+const DELAYED: usize = 1000;
+
 #[derive(Default)]
 pub(super) struct State {
     /// Whether it serves a group; otherwise it has one member.
@@ -40,6 +44,8 @@ pub(super) struct State {
     parked: VecDeque<u64>,
     /// The member that was woken and has not asked yet.
     woken: Option<u64>,
+    /// Whether the timer will look after the one that was woken.
+    patient: bool,
     /// Whether a member was woken for what is local to its instance and may not have asked yet.
     woken_locally: bool,
     /// Dead letters on their way.
@@ -198,7 +204,7 @@ impl State {
 
     // Contents.
 
-    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, chores: &mut Chores) {
+    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, dropped: &mut Vec<Item>) {
         for entry in entries {
             let item = Item { entry, lagged: 0 };
             match item.entry.only {
@@ -207,7 +213,7 @@ impl State {
                     if self.has_member_of(instance) {
                         self.local_of(instance).push_back(item);
                     } else {
-                        chores.dropped.push(item);
+                        dropped.push(item);
                     }
                 }
                 _ => self.ready.push_back(item),
@@ -215,7 +221,7 @@ impl State {
         }
         let mut len = self.bounded_len();
         while len > capacity {
-            self.lose_oldest(chores);
+            self.lose_oldest(dropped);
             len -= 1;
         }
     }
@@ -248,12 +254,12 @@ impl State {
         &mut self.local[place].1
     }
 
-    fn lose_oldest(&mut self, chores: &mut Chores) {
+    fn lose_oldest(&mut self, dropped: &mut Vec<Item>) {
         let lost = self.ready.pop_front().or_else(|| self.local.iter_mut().find_map(|(_, items)| items.pop_front()));
         // What it had lost before it is lost still.
         self.lagged += lost.as_ref().map_or(0, |lost| 1 + lost.lagged);
         self.counts.lagged += u64::from(lost.is_some());
-        chores.dropped.extend(lost);
+        dropped.extend(lost);
     }
 
     /// What counts towards the bound.
@@ -270,10 +276,10 @@ impl State {
     }
 
     /// What a member takes next, if there is anything for it: what came back, then what it had taken ahead, then what is new;
-    /// nothing new while as many deliveries wait for their back-off as it may have in its hands.
+    /// nothing new while too many deliveries wait for their back-off.
     pub(super) fn next_for(&mut self, token: u64, ahead: &mut VecDeque<Item>) -> Option<Item> {
         let member = self.member(token)?;
-        let (instance, most) = (member.instance, member.options.max_in_flight);
+        let (instance, most) = (member.instance, member.options.max_in_flight.max(DELAYED));
         if let Some(item) = self.returned.pop_front() {
             return Some(item);
         }
@@ -433,6 +439,10 @@ impl State {
         set_waker(&mut self.members.get_mut(token).expect("only present members ask").waker, cx);
     }
 
+    pub(super) fn is_anyone_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
     /// Wakes one member if there is work that nobody was woken for.
     pub(super) fn wake(&mut self, chores: &mut Chores) {
         if self.parked.is_empty() {
@@ -448,17 +458,18 @@ impl State {
             }
         }
         self.local = local;
-        if self.ready.is_empty() && self.returned.is_empty() || self.woken.is_some() {
+        if self.ready.is_empty() && self.returned.is_empty() {
             return;
         }
-        let Some(token) = self.parked.pop_front() else { return };
-        chores.wakers.extend(self.unpark(token));
-        if self.group {
-            self.woken = Some(token);
-            if !self.parked.is_empty() {
-                // Should it not ask in time, the others are woken too.
-                self.want(Instant::now() + WAKE_PATIENCE, chores);
-            }
+        if self.woken.is_none() {
+            let Some(token) = self.parked.pop_front() else { return };
+            chores.wakers.extend(self.unpark(token));
+            self.woken = self.group.then_some(token);
+        }
+        if self.woken.is_some() && !self.parked.is_empty() && !self.patient {
+            // Should the one that was woken not ask in time, the others are woken too: also those that parked after it was.
+            self.patient = true;
+            self.want(Instant::now() + WAKE_PATIENCE, chores);
         }
     }
 
@@ -487,6 +498,7 @@ impl State {
         while self.armed.last().is_some_and(|armed| *armed <= now) {
             self.armed.pop();
         }
+        self.patient = false;
         while let Some(item) = self.delayed.pop_due(now) {
             self.give_back(item.entry, chores);
         }
