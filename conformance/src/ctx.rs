@@ -452,13 +452,27 @@ impl Ctx {
         self.within("the answer to a settlement", receipt).await
     }
 
-    /// Holds a receipt to [`Settled::Done`].
+    /// Holds a receipt to [`Settled::Done`]; a backend that does not [confirm](crate::Harness::confirms) everything may be silent.
     ///
     /// # Errors
     /// If it says otherwise, or does not resolve.
     pub async fn confirmed(&self, receipt: Receipt) -> Verdict {
         let answer = self.answer(receipt).await?;
-        crate::ensure_eq!(answer, Settled::Done, "the answer to a settlement");
+        crate::ensure!(self.is_done(answer), "a settlement was answered {answer:?}");
+        Ok(())
+    }
+
+    /// Whether an answer is what a settlement that reached the backend gets from it.
+    pub fn is_done(&self, answer: Settled) -> bool {
+        answer == Settled::Done || (answer == Settled::Unconfirmed && !self.harness().confirms())
+    }
+
+    /// Holds a runner to having had all its settlements confirmed, as far as the backend confirms them.
+    ///
+    /// # Errors
+    /// Says how many were not.
+    pub fn all_confirmed(&self, report: &RunReport) -> Verdict {
+        crate::ensure!(report.unconfirmed == 0 || !self.harness().confirms(), "unconfirmed settlements in {report:?}");
         Ok(())
     }
 

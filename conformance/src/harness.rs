@@ -43,6 +43,12 @@ pub trait Harness: Send + Sync + 'static {
         true
     }
 
+    /// Whether every settlement that reaches the backend is confirmed. False for a backend that answers some with
+    /// [`Settled::Unconfirmed`](pubsub_core::Settled::Unconfirmed) although nothing is wrong.
+    fn confirms(&self) -> bool {
+        true
+    }
+
     /// What lies below, to be counted.
     fn probe(&self) -> Option<&dyn Probe> {
         None

@@ -14,13 +14,28 @@ pub(crate) fn properties() -> Vec<Property> {
     vec![
         property("AD-06", "Every entry of a page of history is a place to resume from", &["B3", "R1"], resumes_from_pages)
             .needs([Capability::History.into()]),
-        property("AD-08", "An owner who slept through the end of a lease has a smaller token than the next", &["L1", "L2"], paused_owner)
-            .needs([Capability::Leases.into()]),
-        property("AD-09", "Inspection counts what waits, what is held and who is there, and says so when it cannot know", &["B2"], inspection)
-            .needs([GROUPS]),
+        property(
+            "AD-08",
+            "An owner who slept through the end of a lease has a smaller token than the next",
+            &["L1", "L2"],
+            paused_owner,
+        )
+        .needs([Capability::Leases.into()]),
+        property(
+            "AD-09",
+            "Inspection counts what waits, what is held and who is there, and says so when it cannot know",
+            &["B2"],
+            inspection,
+        )
+        .needs([GROUPS]),
         property("AD-10", "The status tells an outage while it lasts", &["N1"], outage).needs([Need::Fault(Fault::Outage)]),
-        property("AD-12", "Subscriptions outlive the handle they were made with, and nothing outlives both", &["B2", "C3"], without_handle)
-            .needs([Need::CrossInstance]),
+        property(
+            "AD-12",
+            "Subscriptions outlive the handle they were made with, and nothing outlives both",
+            &["B2", "C3"],
+            without_handle,
+        )
+        .needs([Need::CrossInstance]),
         property("AD-20", "A bus that works says so, and a closed one that it is closed", &["N1", "C2"], status),
         property("AD-21", "Dead letters come in pages, and a group resumes from any of them", &["S4", "B3"], letters_in_pages)
             .needs([Capability::DeadLetterHistory.into(), GROUPS]),

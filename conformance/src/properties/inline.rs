@@ -14,14 +14,29 @@ use crate::{Ctx, Inline, Mismatch, Need, Property, Verdict, ensure, ensure_eq, p
 
 pub(crate) fn properties() -> Vec<Property> {
     vec![
-        property("IL-01", "An inline handler has run, in the publisher's task and in order, when publish returns", &["I1"], has_run)
-            .needs([Need::Inline]),
+        property(
+            "IL-01",
+            "An inline handler has run, in the publisher's task and in order, when publish returns",
+            &["I1"],
+            has_run,
+        )
+        .needs([Need::Inline]),
         property("IL-02", "An inline handler that panics disturbs neither the publisher nor anybody else", &["I1"], panics)
             .needs([Need::Inline]),
-        property("IL-03", "Inline handlers that publish to each other are stopped at a depth, and only there", &["I1"], recursion)
-            .needs([Need::Inline]),
-        property("IL-04", "An inline handler is not called once its subscription is dropped, by itself either", &["I1"], dropped)
-            .needs([Need::Inline]),
+        property(
+            "IL-03",
+            "Inline handlers that publish to each other are stopped at a depth, and only there",
+            &["I1"],
+            recursion,
+        )
+        .needs([Need::Inline]),
+        property(
+            "IL-04",
+            "An inline handler is not called once its subscription is dropped, by itself either",
+            &["I1"],
+            dropped,
+        )
+        .needs([Need::Inline]),
     ]
 }
 

@@ -168,7 +168,8 @@ impl EventEmitterPubSub {
             taken.store(now, Ordering::Relaxed);
             now == events.len()
         };
-        let waiting = std::pin::pin!(topic.wait_for_room(deadline, offer));
+        let timer = self.0.hub.timer().map_err(|error| PublishError::none_sent(error, events.len()))?;
+        let waiting = std::pin::pin!(topic.wait_for_room(timer.runtime(), deadline, offer));
         let closing = std::pin::pin!(closed.wait_for(|closed| *closed));
         let error = match futures::future::select(waiting, closing).await {
             futures::future::Either::Left((true, _)) => return Ok(Positions::none()),
@@ -220,19 +221,18 @@ impl PubSub for EventEmitterPubSub {
 
         let number = hub.number();
         let instance = Arc::downgrade(&self.0);
-        let (end_hub, end_topics) = (hub.clone(), [Some(topic.clone()), options.dead_letter.clone()]);
+        let naming = Mutex::new(options.dead_letter.as_ref().map(|dead_letter| hub.name_dead_letter(dead_letter)));
+        let (end_hub, end_topic) = (hub.clone(), topic.clone());
         let on_end = move || {
             if let Some(instance) = instance.upgrade() {
                 instance.attached.lock().subscriptions.remove(&number);
             }
-            end_topics.iter().flatten().for_each(|topic| end_hub.tidy(topic));
+            end_hub.tidy(&end_topic);
+            naming.lock().take();
         };
         let mut attached = attached.lock();
         if attached.closing.is_some() {
             return Err(Error::closed().during("subscribe").on(topic));
-        }
-        if let Some(dead_letter) = &options.dead_letter {
-            hub.with_topic(dead_letter, |state| state.keep_letters(hub));
         }
         let attach = |state: &Arc<TopicState>| {
             if redrives {
@@ -263,6 +263,7 @@ impl PubSub for EventEmitterPubSub {
         self.check_open("clear_topic", topic)?;
         if let Some(state) = self.0.hub.topic(topic) {
             state.clear(&self.0.hub);
+            self.0.hub.tidy(topic);
         }
         Ok(())
     }
@@ -305,9 +306,14 @@ impl PubSub for EventEmitterPubSub {
                     let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
                     attached.inline.drain(..).filter_map(|inline| inline.upgrade()).for_each(|inline| inline.end());
                     drop(attached);
-                    // A task of its own, bounded by its time: the caller may go away.
                     let id = self.0.id;
-                    tokio::spawn(async move { tell.send_replace(Some(end(id, &subscriptions, within).await)) });
+                    if subscriptions.is_empty() {
+                        tell.send_replace(Some(Closed::default()));
+                    } else {
+                        // A task of its own, bounded by its time: the caller may go away. Subscriptions have made the timer.
+                        let task = async move { tell.send_replace(Some(end(id, &subscriptions, within).await)) };
+                        self.0.hub.timer()?.runtime().spawn(task);
+                    }
                     ended
                 }
             }
@@ -325,20 +331,22 @@ impl PubSub for EventEmitterPubSub {
 
 /// Drains an instance's subscriptions within the time, then ends them. What others share and can take is left to them at once.
 async fn end(id: InstanceId, subscriptions: &[(Arc<DeliveryQueue>, SubscriptionHandle)], within: Duration) -> Closed {
-    for (queue, handle) in subscriptions {
-        if queue.is_shared_beyond(id) {
-            handle.stop();
-        }
-    }
-    let relieved = futures::future::join_all(subscriptions.iter().map(|(queue, _)| queue.relieved(id)));
-    drop(tokio::time::timeout(within, relieved).await);
-    let mut closed = Closed::default();
-    // A group with several members here is one queue: it is counted with the first.
-    for (queue, handle) in subscriptions {
-        closed.released += queue.burden(id).1;
-        closed.cut_off += queue.revoke(id);
+    let start = Instant::now();
+    // A group with several members here is one queue.
+    let queues: HashMap<_, _> = subscriptions.iter().map(|(queue, _)| (Arc::as_ptr(queue).addr(), queue)).collect();
+    let relieved = || futures::future::join_all(queues.values().map(|queue| queue.relieved(id)));
+    for (_, handle) in subscriptions.iter().filter(|(queue, _)| queue.is_shared_beyond(id)) {
         handle.stop();
     }
+    drop(tokio::time::timeout(within, relieved()).await);
+    let mut closed = Closed::default();
+    closed.released = queues.values().map(|queue| queue.burden(id).1).sum();
+    for (_, handle) in subscriptions {
+        handle.stop();
+    }
+    // Nothing is handed over any more. What came from other instances meanwhile, and just was, has what is left of the time.
+    drop(tokio::time::timeout(within.saturating_sub(start.elapsed()), relieved()).await);
+    closed.cut_off = queues.values().map(|queue| queue.revoke(id)).sum();
     closed
 }
 

@@ -12,6 +12,7 @@ use parking_lot::{Mutex, RwLock};
 use pubsub_core::machinery::{DeadLetterSink, InstanceId, Timer, Wakers};
 use pubsub_core::{Error, Event, EventId, Result, Topic};
 use smol_str::SmolStr;
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::leases::MemoryLeases;
@@ -127,6 +128,15 @@ impl Hub {
         attach(topics.entry(topic.clone()).or_insert_with(|| Arc::new(TopicState::new(topic.clone()))))
     }
 
+    /// Makes a topic a dead-letter topic, for as long as what is returned lives or a letter is kept.
+    pub(crate) fn name_dead_letter(self: &Arc<Self>, topic: &Topic) -> Naming {
+        self.with_topic(topic, |state| {
+            state.keep_letters(self);
+            state.named.fetch_add(1, Ordering::AcqRel);
+            Naming { hub: self.clone(), state: state.clone() }
+        })
+    }
+
     /// Forgets what has ended on a topic, and the topic itself if that leaves nothing.
     pub(crate) fn tidy(&self, topic: &Topic) {
         let mut topics = self.topics.write();
@@ -137,6 +147,19 @@ impl Hub {
                 topics.shrink_to_fit();
             }
         }
+    }
+}
+
+/// A subscription's naming of its dead-letter topic.
+pub(crate) struct Naming {
+    hub: Arc<Hub>,
+    state: Arc<TopicState>,
+}
+
+impl Drop for Naming {
+    fn drop(&mut self) {
+        self.state.named.fetch_sub(1, Ordering::AcqRel);
+        self.hub.tidy(self.state.topic());
     }
 }
 
@@ -175,7 +198,8 @@ impl DeadLetterSink for Letterbox {
         }
         let topic = topic.clone();
         let deliver = async move {
-            let taken = state.wait_for_room(Instant::now() + LETTER_PATIENCE, || state.offer_letter(&letter)).await;
+            let runtime = Handle::current(); // the queue runs this on its own
+            let taken = state.wait_for_room(&runtime, Instant::now() + LETTER_PATIENCE, || state.offer_letter(&letter)).await;
             if !taken {
                 tracing::warn!(%topic, letter = %letter.id(), "a live subscriber's queue is full: it misses a dead letter, which is kept");
             }

@@ -14,6 +14,7 @@ use pubsub_core::{
     Capability, Cursor, Error, ErrorKind, Event, Gap, Group, GroupStatus, OnGap, Page, Position, Result, Scope, Start,
     SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
 };
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::hub::Hub;
@@ -22,6 +23,8 @@ use crate::inline::{Inline, call};
 pub(crate) struct TopicState {
     topic: Topic,
     attached: Mutex<Attached>,
+    /// Subscriptions that name this as their dead-letter topic.
+    pub(crate) named: AtomicUsize,
     /// Publishers that found a queue full and take turns in `lane`.
     waiting: AtomicUsize,
     lane: tokio::sync::Mutex<()>,
@@ -63,7 +66,17 @@ impl Offered {
 
 impl TopicState {
     pub(crate) fn new(topic: Topic) -> Self {
-        Self { topic, attached: Mutex::default(), waiting: AtomicUsize::new(0), lane: tokio::sync::Mutex::default() }
+        Self {
+            topic,
+            attached: Mutex::default(),
+            named: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            lane: tokio::sync::Mutex::default(),
+        }
+    }
+
+    pub(crate) fn topic(&self) -> &Topic {
+        &self.topic
     }
 
     /// Whether publishers wait for room: others must not overtake them.
@@ -90,7 +103,8 @@ impl TopicState {
     }
 
     /// Waits in turn until `offer` says that all has been taken; false if the deadline comes first. Cancel safe.
-    pub(crate) async fn wait_for_room(&self, deadline: Instant, mut offer: impl FnMut() -> bool) -> bool {
+    /// The clock is that of `runtime`: the caller may be on another executor.
+    pub(crate) async fn wait_for_room(&self, runtime: &Handle, deadline: Instant, mut offer: impl FnMut() -> bool) -> bool {
         let _waiting = Waiting::new(&self.waiting);
         let in_turn = async {
             let _turn = self.lane.lock().await;
@@ -102,7 +116,11 @@ impl TopicState {
                 }
             }
         };
-        tokio::time::timeout_at(deadline, in_turn).await.is_ok()
+        let timed = {
+            let _entered = runtime.enter();
+            tokio::time::timeout_at(deadline, in_turn)
+        };
+        timed.await.is_ok()
     }
 
     /// Attaches a subscription. Called under the hub's lock on its topics.
@@ -248,12 +266,13 @@ impl TopicState {
         if attached.inline.iter().any(|inline| inline.has_ended()) {
             attached.inline = attached.inline.iter().filter(|inline| !inline.has_ended()).cloned().collect();
         }
-        if attached.letters.as_ref().is_none_or(|letters| letters.kept.is_empty()) {
-            // Nothing is kept that a durable group could have a place in.
-            attached.groups.retain(|queue| queue.status().members > 0 || !queue.is_drained());
-            return attached.fan_out.is_empty() && attached.groups.is_empty() && attached.inline.is_empty();
+        let named = self.named.load(Ordering::Acquire) > 0;
+        if named || attached.letters.as_ref().is_some_and(|letters| !letters.kept.is_empty()) {
+            return false;
         }
-        false
+        // Nothing is kept that a durable group could have a place in.
+        attached.groups.retain(|queue| queue.status().members > 0 || !queue.is_drained());
+        attached.fan_out.is_empty() && attached.groups.is_empty() && attached.inline.is_empty()
     }
 }
 

@@ -183,3 +183,19 @@ async fn dropping_everything_leaves_no_task_and_subscriptions_outlive_the_handle
     tokio::task::yield_now().await;
     assert_eq!(metrics.num_alive_tasks(), 0);
 }
+
+#[test]
+fn publishers_may_be_on_any_executor() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
+    let bus = Bus::from(EventEmitterPubSub::new());
+    futures::executor::block_on(bus.publish_data("t", "x", 0)).unwrap();
+    let subscription = runtime.block_on(bus.subscribe_with("t", SubscribeOptions::fan_out().prefetch(1))).unwrap();
+    futures::executor::block_on(bus.publish_data("t", "x", 1)).unwrap();
+    let patience = PublishOptions::new().timeout(Duration::from_millis(20));
+    let full = futures::executor::block_on(bus.publish_with("t", &[Arc::new(Event::new("x"))], patience)).unwrap_err();
+    assert_eq!(*full.kind(), ErrorKind::Full);
+    let no_runtime = futures::executor::block_on(Bus::from(EventEmitterPubSub::new()).subscribe("t")).unwrap_err();
+    assert!(matches!(no_runtime.kind(), ErrorKind::Backend(_)), "{no_runtime}");
+    drop(subscription);
+    assert!(futures::executor::block_on(bus.close(Duration::from_secs(1))).unwrap().is_clean());
+}

@@ -84,6 +84,7 @@ impl Server {
         let (link, calls) = mpsc::channel(WAITING);
         let mut weather = self.weather.subscribe();
         let cuts = weather.borrow_and_update().cuts;
+        self.with(|state| state.heard_of(session));
         let connection = Connection { server: self.clone(), session, weather, cuts, status };
         (Link(link), tokio::spawn(connection.carry(calls)).abort_handle())
     }

@@ -73,6 +73,10 @@ impl Harness for SlowRemoteHarness {
         timing
     }
 
+    fn confirms(&self) -> bool {
+        false
+    }
+
     fn probe(&self) -> Option<&dyn Probe> {
         Some(self)
     }

@@ -14,7 +14,7 @@ use pubsub_core::{
 use tokio::time::Instant;
 
 /// How many events a topic keeps.
-pub(super) const RETENTION: usize = 2048;
+pub(super) const RETENTION: usize = 4096;
 
 /// How long a session that is not heard of keeps what it holds.
 const SESSION: Duration = Duration::from_secs(2);

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::oracle::{Recorder, counted_attempts, exactly_once, ids};
-use crate::properties::settle::{Overdue, overdue};
+use crate::properties::settle::{Overdue, overdue, short_hold};
 use crate::{Ctx, Fault, Mismatch, Need, Property, Verdict, ensure, ensure_eq, exactly, property};
 
 const GROUPS: Need = Need::Capability(Capability::Groups);
@@ -116,7 +116,8 @@ impl Worker {
         self.shutdown.send_replace(true);
         self.handler.handle().stop();
         let report = ctx.within("a worker's end", self.handler.ended()).await??;
-        ensure_eq!((report.retried, report.unconfirmed), (0, 0), "retried and unconfirmed by a worker that was restarted");
+        ensure_eq!(report.retried, 0, "retried by a worker that was restarted");
+        ctx.all_confirmed(&report)?;
         let closed = ctx.within("close", self.bus.close(ctx.timing().patience)).await??;
         ensure_eq!(closed.cut_off, 0, "deliveries cut off at close");
         Ok(())
@@ -328,7 +329,7 @@ async fn told(ctx: Ctx) -> Verdict {
             std::future::pending().await
         }
     };
-    let held = options.clone().max_hold(ctx.timing().hold);
+    let held = options.clone().max_hold(short_hold(&ctx));
     let handler = ctx.within("subscribe", bus.on(&topic, held, 1, handler)).await??;
     ctx.publish(&bus, &topic, 1).await?;
     ctx.eventually("the handler runs", || recorder.count() == 1).await?;

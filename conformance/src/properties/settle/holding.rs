@@ -5,7 +5,7 @@ use std::time::Duration;
 use pubsub_core::{Message, Settled};
 use tokio::time::Instant;
 
-use super::{GROUPS, Overdue, overdue};
+use super::{GROUPS, Overdue, overdue, short_hold};
 use crate::oracle::{Recorder, exactly_once, ids};
 use crate::{Ctx, Fault, Need, Property, Verdict, ensure, ensure_eq, exactly, omitted, property};
 
@@ -58,7 +58,7 @@ pub(super) fn properties() -> Vec<Property> {
 
 async fn done_for_good(ctx: Ctx) -> Verdict {
     let (bus, topic, group) = (ctx.bus().await?, ctx.topic("done"), ctx.group("g"));
-    let mut first = ctx.subscribe(&bus, &topic, ctx.member(&group).max_hold(ctx.timing().hold)).await?;
+    let mut first = ctx.subscribe(&bus, &topic, ctx.member(&group).max_hold(short_hold(&ctx))).await?;
     ctx.publish(&bus, &topic, 10).await?;
     let mut taken = ctx.collect(&mut first, 10).await?;
     let held = taken.split_off(9);
@@ -106,7 +106,8 @@ async fn slow(ctx: Ctx) -> Verdict {
     for member in members {
         ctx.within("drained", member.handle().drained()).await?;
         let report = ctx.within("stop", member.stop()).await??;
-        ensure_eq!((report.retried, report.revoked, report.unconfirmed), (0, 0, 0), "retried, revoked and unconfirmed");
+        ensure_eq!((report.retried, report.revoked), (0, 0), "retried and revoked");
+        ctx.all_confirmed(&report)?;
     }
     exactly_once(&ids(&sent), &recorder.ids())
 }
@@ -188,8 +189,7 @@ async fn late(ctx: Ctx) -> Verdict {
 
 async fn extended(ctx: Ctx) -> Verdict {
     let (bus, topic, group, recorder) = (ctx.bus().await?, ctx.topic("extended"), ctx.group("g"), Recorder::new());
-    // Long against the pauses between extensions, so that a busy machine does not miss one.
-    let hold = 6 * ctx.timing().hold;
+    let hold = short_hold(&ctx);
     let mut holder = ctx.subscribe(&bus, &topic, ctx.member(&group).max_hold(hold)).await?;
     ctx.publish(&bus, &topic, 1).await?;
     let held = ctx.next(&mut holder).await?;
@@ -219,7 +219,7 @@ async fn behind_many(ctx: Ctx) -> Verdict {
     let mut holds = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
     ctx.publish_all(&bus, &topic, &ctx.events(250)).await?;
     let many = ctx.collect(&mut holds, 250).await?;
-    let mut forgets = ctx.subscribe(&bus, &topic, ctx.member(&group).max_hold(ctx.timing().hold)).await?;
+    let mut forgets = ctx.subscribe(&bus, &topic, ctx.member(&group).max_hold(short_hold(&ctx))).await?;
     holds.handle().stop();
     let sent = ctx.publish(&bus, &topic, 1).await?;
     let forgotten = ctx.next(&mut forgets).await?;

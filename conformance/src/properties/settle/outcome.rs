@@ -2,7 +2,7 @@
 
 use pubsub_core::{Failure, Message, RetryPolicy, SubscribeOptions};
 
-use super::{GROUPS, both};
+use super::{GROUPS, both, short_hold};
 use crate::oracle::{Recorder, counted_attempts, exactly_once, ids};
 use crate::{Ctx, Property, Verdict, ensure_eq, panic_on_purpose, property};
 
@@ -130,7 +130,7 @@ async fn within_time(ctx: Ctx) -> Verdict {
 
 async fn lost_first(ctx: Ctx) -> Verdict {
     let (bus, topic, recorder) = (ctx.bus().await?, ctx.topic("lost"), Recorder::new());
-    let (options, hold) = (ctx.member(&ctx.group("g")), ctx.timing().hold);
+    let (options, hold) = (ctx.member(&ctx.group("g")), short_hold(&ctx));
     let loses = options.clone().max_hold(hold).retry(ctx.retry().handler_timeout(2 * hold));
     let handler = ctx.within("subscribe", bus.on(&topic, loses, 1, hangs(&recorder))).await??;
     ctx.publish(&bus, &topic, 1).await?;
@@ -142,7 +142,7 @@ async fn lost_first(ctx: Ctx) -> Verdict {
     let report = ctx.within("the handler's end", handler.ended()).await??;
     ensure_eq!((report.revoked, report.retried, report.done), (1, 0, 0), "revoked, retried and done");
     // Past the time-out, which had it counted would have brought another attempt.
-    tokio::time::sleep(2 * hold).await;
+    tokio::time::sleep(hold + ctx.timing().hold).await;
     ctx.confirmed(found.done()).await?;
     ctx.nothing_more(&bus, &topic, [&mut finder]).await
 }
