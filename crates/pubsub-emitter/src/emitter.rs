@@ -223,13 +223,14 @@ impl PubSub for EventEmitterPubSub {
         let instance = Arc::downgrade(&self.0);
         let naming = Mutex::new(options.dead_letter.as_ref().map(|dead_letter| hub.name_dead_letter(dead_letter)));
         let (end_hub, end_topic) = (hub.clone(), topic.clone());
-        let on_end = move || {
+        // Kept here as well: what it owns tidies up when dropped, which must not happen under the hub's lock.
+        let on_end: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
             if let Some(instance) = instance.upgrade() {
                 instance.attached.lock().subscriptions.remove(&number);
             }
             end_hub.tidy(&end_topic);
             naming.lock().take();
-        };
+        });
         let mut attached = attached.lock();
         if attached.closing.is_some() {
             return Err(Error::closed().during("subscribe").on(topic));
@@ -238,7 +239,7 @@ impl PubSub for EventEmitterPubSub {
             if redrives {
                 state.keep_letters(hub);
             }
-            state.subscribe(hub, *id, options, Arc::new(on_end))
+            state.subscribe(hub, *id, options, on_end.clone())
         };
         match hub.with_topic(topic, attach) {
             Ok((queue, subscription)) => {

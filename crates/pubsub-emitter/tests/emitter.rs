@@ -94,6 +94,11 @@ async fn what_keeps_failing_is_dead_lettered_listed_and_redriven_once() {
     bus.clear_topic("dead").await.unwrap();
     assert!(bus.history("dead", Start::Earliest, 10).await.unwrap().entries.is_empty());
     let gone = bus.history("dead", Start::After(page.entries[0].0.clone()), 1).await.unwrap_err();
+    // A subscription that is refused leaves nothing behind.
+    let start = Start::After(page.entries[0].0.clone());
+    let refused = bus.subscribe_with("dead", group("g").start(start).dead_letter(topic("deader"))).await.unwrap_err();
+    assert!(matches!(refused.kind(), ErrorKind::Gap(pubsub_core::Gap::OtherGeneration)));
+    assert!(bus.history("deader", Start::Earliest, 1).await.is_err());
     assert!(matches!(gone.kind(), ErrorKind::Gap(pubsub_core::Gap::OtherGeneration)));
 }
 
