@@ -9,8 +9,8 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use pubsub_core::{
-    Bus, Capabilities, Delivery, Event, EventId, Group, LateSettlement, PublishOptions, Receipt, RetryPolicy, Settled,
-    SubscribeOptions, Subscription, SubscriptionHandle, Topic,
+    Bus, Capabilities, Delivery, Event, EventId, Group, LateSettlement, PublishOptions, Receipt, RetryPolicy, RunReport,
+    Settled, SubscribeOptions, Subscription, SubscriptionHandle, Topic,
 };
 use tokio::task::JoinHandle;
 use tokio::time::Instant;

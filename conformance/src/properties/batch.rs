@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, poll};
 use parking_lot::Mutex;
 use pubsub_core::{
-    Batch, BatchOverflow, BatchPolicy, Bus, Capability, Event, EventId, Failure, Message, Subscription,
-    SubscriptionHandle, Topic,
+    Batch, BatchOverflow, BatchPolicy, Bus, Capability, Event, EventId, Failure, Message, Subscription, SubscriptionHandle,
+    Topic,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;

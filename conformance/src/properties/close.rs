@@ -9,8 +9,7 @@ use std::time::Duration;
 use futures::future::pending;
 use futures::{FutureExt, poll};
 use pubsub_core::{
-    AckMode, Attempts, Bus, Capability, Closed, Failure, Fate, Message, PublishError, PublishOptions, Start, Status,
-    TrimFilter,
+    AckMode, Attempts, Bus, Capability, Closed, Failure, Fate, Message, PublishError, PublishOptions, Start, Status, TrimFilter,
 };
 
 use crate::oracle::{Recorder, at_least_once, counted_attempts, exactly_once, ids};

@@ -247,11 +247,11 @@ async fn status(ctx: Ctx) -> Verdict {
 }
 
 async fn without_handle(ctx: Ctx) -> Verdict {
-    let (bus, topic) = (ctx.bus().await?, ctx.topic("orphans"));
+    let bus = ctx.bus().await?;
     // One round first: what a bus keeps for its other instances is not this one's.
     let mut before = None;
     for _ in 0..3 {
-        let own = ctx.connect().await?;
+        let (own, topic) = (ctx.connect().await?, ctx.topic("orphans"));
         let options: SubscribeOptions = ctx.fan_out().ack_mode(AckMode::Manual);
         let mut subscriptions: Vec<Subscription> = vec![ctx.subscribe(&own, &topic, options).await?];
         if ctx.capabilities().supports(Capability::Groups) {

@@ -128,8 +128,12 @@ impl Delivery {
     }
 
     /// It is handled.
-    pub fn done(self) -> Receipt {
-        self.settle(Settlement::Done)
+    #[inline]
+    pub fn done(mut self) -> Receipt {
+        match self.settler.take() {
+            Some((settler, token)) => settler.settle(token, Settlement::Done),
+            None => Receipt::ready(Settled::Done),
+        }
     }
 
     /// It failed: retry it as the policy says.
@@ -159,7 +163,7 @@ impl Delivery {
     pub fn settle(mut self, settlement: Settlement) -> Receipt {
         match self.settler.take() {
             Some((settler, token)) => settler.settle(token, settlement),
-            None if settlement == Settlement::Done => Receipt::ready(Settled::Done),
+            None if matches!(settlement, Settlement::Done) => Receipt::ready(Settled::Done),
             None => Receipt::ready(Settled::TooLate),
         }
     }

@@ -137,10 +137,11 @@ impl Connection {
             self.server.travel().await;
             // Cut off before the answers came: calls are numbered, and the server answers one that is repeated as it did at first.
             self.heal().await;
-            answers.into_iter().for_each(|answer| answer());
             if ended {
                 return;
             }
+            self.server.with(|state| state.heard_of(session)); // it acknowledges them
+            answers.into_iter().for_each(|answer| answer());
         }
     }
 

@@ -284,7 +284,7 @@ impl DeliveryQueue {
             state.remove(&gone, &mut chores);
             self.len.store(state.bounded_len(), Ordering::Release);
         }
-        let forgotten = chores.dropped.len() as u64;
+        let forgotten = chores.rare().dropped.len() as u64;
         self.finish(&mut chores);
         forgotten
     }
@@ -464,23 +464,26 @@ impl DeliveryQueue {
     }
 
     /// Does what must not be done under the lock. Returns the receipt of a dead letter, if there was one.
+    #[inline]
     fn finish(&self, chores: &mut Chores) -> Option<Receipt> {
-        if let Some(when) = chores.arm.take() {
+        if let Some(when) = chores.arm {
             let me: Weak<dyn Due> = self.me.clone();
             self.timer.call_at(when, me);
         }
-        chores.wakers.drain(..).for_each(Waker::wake);
+        if !chores.wakers.is_empty() {
+            chores.wakers.drain(..).for_each(Waker::wake);
+        }
         if chores.room && self.room_wanted.load(Ordering::SeqCst) > 0 {
             self.room.notify_waiters();
         }
-        let receipt = chores.letters.drain(..).map(|letter| self.bury(letter)).last();
+        let receipt = chores.rare.take().and_then(|rare| rare.letters.into_iter().map(|letter| self.bury(letter)).last());
         if chores.drained {
             self.ring_drained();
         }
-        chores.dropped.clear();
         receipt
     }
 
+    #[inline]
     fn ring_drained(&self) {
         if self.drain_wanted.load(Ordering::SeqCst) > 0 {
             self.drained.notify_waiters();

@@ -31,7 +31,7 @@ impl Settler for DeliveryQueue {
 impl DeliveryQueue {
     fn record(&self, token: u64, settlement: Settlement, chores: &mut Chores) -> Settled {
         let mut state = self.state.lock();
-        let options = if settlement == Settlement::Done { None } else { state.holder_options(token) };
+        let options = if matches!(settlement, Settlement::Done) { None } else { state.holder_options(token) };
         let Some(Held { entry, .. }) = state.let_go(token, chores) else { return Settled::TooLate };
         let Some(options) = options else { return Settled::Done };
         let attempts = entry.attempt;

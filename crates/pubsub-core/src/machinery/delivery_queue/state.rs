@@ -10,7 +10,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::{Entry, InstanceId, Wakers};
+use super::{Entry, InstanceId};
 use crate::machinery::{InFlight, RetryQueue};
 use crate::{Event, Overflow, SubscribeOptions, Topic};
 
@@ -87,18 +87,36 @@ pub(super) struct Held {
     waker: Option<Waker>,
 }
 
-/// What is to be done once the lock is released.
+/// What is to be done once the lock is released. Mostly nothing, and then it costs nothing.
 #[derive(Default)]
 pub(super) struct Chores {
-    pub(super) wakers: Wakers,
+    pub(super) wakers: SmallVec<[Waker; 2]>,
     pub(super) arm: Option<Instant>,
-    pub(super) letters: Vec<Letter>,
-    /// Entries that are gone. Their payloads' destructors are user code.
-    pub(super) dropped: Vec<Item>,
     /// Ring for publishers that wait for room.
     pub(super) room: bool,
     /// Ring for those who wait for the queue to drain.
     pub(super) drained: bool,
+    pub(super) rare: Option<Box<Rare>>,
+}
+
+#[derive(Default)]
+pub(super) struct Rare {
+    pub(super) letters: Vec<Letter>,
+    /// Entries that are gone. Their payloads' destructors are user code.
+    pub(super) dropped: Vec<Item>,
+}
+
+impl Chores {
+    pub(super) fn rare(&mut self) -> &mut Rare {
+        self.rare.get_or_insert_default()
+    }
+
+    #[inline]
+    fn wake(&mut self, waker: Option<Waker>) {
+        if let Some(waker) = waker {
+            self.wakers.push(waker);
+        }
+    }
 }
 
 /// A delivery that was given up; with a topic, it is to become a dead letter.
@@ -154,7 +172,7 @@ impl State {
         let Some(member) = self.members.get_mut(token).filter(|member| !member.left) else { return };
         member.left = true;
         self.present -= 1;
-        chores.wakers.extend(member.waker.take());
+        chores.wake(member.waker.take());
         let (instance, holds) = (member.instance, member.held > 0);
         if !holds {
             self.members.remove(token);
@@ -166,7 +184,7 @@ impl State {
         if !self.has_member_of(instance)
             && let Some(place) = self.local.iter().position(|(of, _)| *of == instance)
         {
-            chores.dropped.extend(self.local.swap_remove(place).1);
+            chores.rare().dropped.extend(self.local.swap_remove(place).1);
         }
         if self.present == 0 && !self.durable {
             self.end(chores);
@@ -184,7 +202,7 @@ impl State {
         for token in tokens {
             let Some(member) = self.members.get_mut(token) else { continue };
             (member.left, member.parked) = (true, false);
-            chores.wakers.extend(member.waker.take());
+            chores.wake(member.waker.take());
             if member.held == 0 {
                 empty.push(token);
             }
@@ -194,12 +212,12 @@ impl State {
         }
         self.present = 0;
         self.parked = VecDeque::new();
-        let before = chores.dropped.len();
-        chores.dropped.extend(mem::take(&mut self.ready));
-        chores.dropped.extend(mem::take(&mut self.returned));
-        chores.dropped.extend(mem::take(&mut self.local).into_iter().flat_map(|(_, items)| items));
-        chores.dropped.extend(mem::take(&mut self.delayed).into_items());
-        (chores.dropped.len() - before) as u64
+        let before = chores.rare().dropped.len();
+        chores.rare().dropped.extend(mem::take(&mut self.ready));
+        chores.rare().dropped.extend(mem::take(&mut self.returned));
+        chores.rare().dropped.extend(mem::take(&mut self.local).into_iter().flat_map(|(_, items)| items));
+        chores.rare().dropped.extend(mem::take(&mut self.delayed).into_items());
+        (chores.rare().dropped.len() - before) as u64
     }
 
     // Contents.
@@ -238,12 +256,12 @@ impl State {
         let mut sift = |items: &mut VecDeque<Item>| {
             let (lost, kept): (VecDeque<_>, VecDeque<_>) = mem::take(items).into_iter().partition(is_gone);
             *items = kept;
-            chores.dropped.extend(lost);
+            chores.rare().dropped.extend(lost);
         };
         sift(&mut self.ready);
         sift(&mut self.returned);
         self.local.iter_mut().for_each(|(_, items)| sift(items));
-        chores.dropped.extend(self.delayed.extract(is_gone));
+        chores.rare().dropped.extend(self.delayed.extract(is_gone));
     }
 
     fn local_of(&mut self, instance: InstanceId) -> &mut VecDeque<Item> {
@@ -306,7 +324,7 @@ impl State {
                 if self.has_member_of(instance) {
                     self.local_of(instance).push_front(item);
                 } else {
-                    chores.dropped.push(item);
+                    chores.rare().dropped.push(item);
                 }
             }
             _ => self.returned.push_back(item),
@@ -335,7 +353,7 @@ impl State {
             None => self.counts.dropped += 1,
         }
         let topic = options.dead_letter.clone();
-        chores.letters.push(Letter { event: entry.event, attempts, reason, topic });
+        chores.rare().letters.push(Letter { event: entry.event, attempts, reason, topic });
     }
 
     // Hands.
@@ -359,7 +377,7 @@ impl State {
         holder.held -= 1;
         // It may have been waiting for its hands to be less full.
         if !holder.parked {
-            chores.wakers.extend(holder.waker.take());
+            chores.wake(holder.waker.take());
         }
         if holder.left && holder.held == 0 {
             self.members.remove(held.member);
@@ -377,9 +395,9 @@ impl State {
     pub(super) fn take_back(&mut self, token: u64, reason: &str, chores: &mut Chores) {
         let Some(options) = self.holder_options(token) else { return };
         let Some(Held { entry, waker, .. }) = self.let_go(token, chores) else { return };
-        chores.wakers.extend(waker);
+        chores.wake(waker);
         if self.ended {
-            chores.dropped.push(Item { entry, lagged: 0 });
+            chores.rare().dropped.push(Item { entry, lagged: 0 });
             return;
         }
         if options.retry.is_exhausted_after(entry.attempt) {
@@ -452,7 +470,7 @@ impl State {
         for (instance, _) in local.iter_mut().filter(|(_, items)| !items.is_empty()) {
             let of = |token: &u64| self.member(*token).is_some_and(|member| member.instance == *instance);
             if let Some(token) = self.parked.iter().position(of).and_then(|place| self.parked.remove(place)) {
-                chores.wakers.extend(self.unpark(token));
+                chores.wake(self.unpark(token));
                 self.woken_locally = true;
                 self.want(Instant::now() + WAKE_PATIENCE, chores);
             }
@@ -463,7 +481,7 @@ impl State {
         }
         if self.woken.is_none() {
             let Some(token) = self.parked.pop_front() else { return };
-            chores.wakers.extend(self.unpark(token));
+            chores.wake(self.unpark(token));
             self.woken = self.group.then_some(token);
         }
         if self.woken.is_some() && !self.parked.is_empty() && !self.patient {
@@ -512,7 +530,7 @@ impl State {
         let woken = self.woken.take().is_some() | mem::take(&mut self.woken_locally);
         if woken && self.bounded_len() + self.returned.len() > 0 {
             for token in mem::take(&mut self.parked) {
-                chores.wakers.extend(self.unpark(token));
+                chores.wake(self.unpark(token));
             }
         }
         self.wake(chores);
