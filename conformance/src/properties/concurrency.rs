@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -319,12 +320,25 @@ async fn cold_callers(ctx: Ctx) -> Verdict {
 
 async fn join_while_leaving(ctx: Ctx) -> Verdict {
     let (bus, topic, group) = (ctx.bus().await?, ctx.topic("relay"), ctx.group("g"));
-    let mut rng = ctx.rng();
     let mut member = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
-    for round in 0..30 {
-        let leaving = ctx.spawn(member.unsubscribe());
-        meanwhile(&mut rng).await;
-        member = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
+    for round in 0..50 {
+        // On different threads, as far as there are two.
+        let start = Arc::new(tokio::sync::Barrier::new(2));
+        let leaving = ctx.spawn({
+            let start = start.clone();
+            async move {
+                start.wait().await;
+                member.unsubscribe().await;
+            }
+        });
+        let joining = ctx.spawn({
+            let (ctx, bus, topic, group) = (ctx.clone(), bus.clone(), topic.clone(), group.clone());
+            async move {
+                start.wait().await;
+                ctx.subscribe(&bus, &topic, ctx.member(&group)).await
+            }
+        });
+        member = ctx.join("subscribe", joining).await??;
         let sent = ctx.publish(&bus, &topic, 3).await?;
         ctx.join("unsubscribe", leaving).await?;
         let seen = ctx.collect_done(&mut member, 3).await.map_err(|why| why.at(format!("round {round}")))?;

@@ -44,10 +44,11 @@ pub struct BatchPolicy {
     pub max_buffer_size: usize,
     /// What happens beyond that.
     pub overflow: BatchOverflow,
-    is_immediate: Option<Arc<dyn Fn(&Event) -> bool + Send + Sync>>,
+    is_immediate: Option<Arc<Judge>>,
     coalesce: Option<Arc<Coalesce>>,
 }
 
+type Judge = dyn Fn(&Event) -> bool + Send + Sync;
 type Coalesce = dyn Fn(&[&Event], &mut KeepSet) + Send + Sync;
 
 /// Which events of a batch a coalescing function keeps; at first all. It can drop, not invent or reorder.

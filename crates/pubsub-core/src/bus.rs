@@ -68,7 +68,13 @@ impl Bus {
     where
         T: TryInto<Topic, Error: Into<Error>>,
     {
-        self.publish_with(to, &[event.into()], PublishOptions::new()).await
+        let event = event.into();
+        let to = topic(to).map_err(|error| PublishError::none_sent(error, 1))?;
+        if event.index().is_some() {
+            let stripped = Arc::new(Event::clone(&event).with_index(None));
+            return self.send(&to, &[stripped], PublishOptions::new()).await;
+        }
+        self.send(&to, std::slice::from_ref(&event), PublishOptions::new()).await
     }
 
     /// Publishes stamped events in order, in one call. An index set by the application is stripped: only a replay decorator
@@ -87,10 +93,19 @@ impl Bus {
     {
         let to = topic(to).map_err(|error| PublishError::none_sent(error, events.len()))?;
         if events.iter().all(|event| event.index().is_none()) {
-            return self.pubsub.publish(&to, events, options).await;
+            return self.send(&to, events, options).await;
         }
         let stripped: Vec<_> = events.iter().map(|event| Arc::new(Event::clone(event).with_index(None))).collect();
-        self.pubsub.publish(&to, &stripped, options).await
+        self.send(&to, &stripped, options).await
+    }
+
+    async fn send(&self, to: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
+        // A publisher that never has to wait must let others run now and then.
+        tokio::task::consume_budget().await;
+        match self.pubsub.publish_now(to, events, &options) {
+            Some(published) => published,
+            None => self.pubsub.publish(to, events, options).await,
+        }
     }
 
     /// Publishes a value as the data of a new event.

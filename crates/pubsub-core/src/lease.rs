@@ -276,6 +276,15 @@ impl PubSub for WithLeases {
         self.inner.publish(topic, events, options).await
     }
 
+    fn publish_now(
+        &self,
+        topic: &Topic,
+        events: &[Arc<Event>],
+        options: &PublishOptions,
+    ) -> Option<Result<Positions, PublishError>> {
+        self.inner.publish_now(topic, events, options)
+    }
+
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         self.inner.subscribe(topic, options).await
     }

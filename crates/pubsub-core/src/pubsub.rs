@@ -14,8 +14,8 @@ use crate::{
 /// An event bus backend.
 ///
 /// Applications hold a [`Bus`](crate::Bus), which adds conveniences; backends and decorators implement this. The
-/// [guide](crate::guide) numbers what each method promises. No method has a default: a decorator that forgets one does not
-/// compile, rather than quietly losing what it wraps.
+/// [guide](crate::guide) numbers what each method promises. No method has a default but [`publish_now`](Self::publish_now): a
+/// decorator that forgets one does not compile, rather than quietly losing what it wraps.
 ///
 /// Every future may be dropped at any await point (clause C4): nothing accepted is lost and nothing acquired is stranded.
 #[async_trait]
@@ -31,6 +31,20 @@ pub trait PubSub: Send + Sync + Debug + 'static {
     /// [`PublishError`] tells the fate of each event. `TooLarge`, `NotSerializable` and `InvalidOption` refuse the call
     /// before anything is sent.
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError>;
+
+    /// Publishes as [`publish`](Self::publish) does if that needs no waiting at all; none, with nothing done, if it might.
+    ///
+    /// [`Bus`](crate::Bus) asks this first. It is for backends within the process, which it spares a future on the heap; a
+    /// decorator that does not forward it loses that and nothing else.
+    fn publish_now(
+        &self,
+        topic: &Topic,
+        events: &[Arc<Event>],
+        options: &PublishOptions,
+    ) -> Option<Result<Positions, PublishError>> {
+        let _ = (topic, events, options);
+        None
+    }
 
     /// Subscribes (clauses B1 to B7): whatever is published after this has returned is seen.
     ///

@@ -155,13 +155,12 @@ impl EventEmitterPubSub {
         &self,
         topic: &TopicState,
         events: &[Arc<Event>],
-        taken: usize,
         options: &PublishOptions,
     ) -> Result<Positions, PublishError> {
         let deadline = Instant::now() + options.timeout.unwrap_or(self.0.config.publish_timeout);
         let only = self.only(options);
         let mut closed = self.0.closed.subscribe();
-        let taken = AtomicUsize::new(taken); // shared by the closure and what follows; no other thread sees it
+        let taken = AtomicUsize::new(0); // shared by the closure and what follows; no other thread sees it
         let offer = || {
             let so_far = taken.load(Ordering::Relaxed);
             let now = so_far + topic.offer(&events[so_far..], only);
@@ -192,20 +191,33 @@ impl PubSub for EventEmitterPubSub {
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
-        // A publisher that never waits must let others run now and then.
+        // A publisher that never has to wait must let others run now and then.
         tokio::task::consume_budget().await;
-        let refuse = |error: Error| PublishError::none_sent(error.during("publish").on(topic), events.len());
-        self.check_open("publish", topic).and_then(|()| options.validate()).and_then(|()| check_depth()).map_err(refuse)?;
-        let prepared = if options.local_only { None } else { self.prepare(events).map_err(refuse)? };
-        let events = prepared.as_deref().unwrap_or(events);
-        let only = self.only(&options);
-        let taken = self.0.hub.offer(topic, events, only);
-        if taken == events.len() {
-            return Ok(Positions::none());
+        if let Some(published) = self.publish_now(topic, events, &options) {
+            return published;
         }
-        let Some(state) = self.0.hub.topic(topic) else { return Ok(Positions::none()) };
-        // Boxed, so that the common way does not pay for the size of this one.
-        Box::pin(self.publish_waiting(&state, events, taken, &options)).await
+        // Checked just now, and refused by a full queue.
+        let prepared = if options.local_only { None } else { self.prepare(events).map_err(refused(topic, events))? };
+        let events = prepared.as_deref().unwrap_or(events);
+        match self.0.hub.topic(topic) {
+            Some(state) => self.publish_waiting(&state, events, &options).await,
+            None => Ok(Positions::none()), // all its subscriptions have gone meanwhile
+        }
+    }
+
+    fn publish_now(
+        &self,
+        topic: &Topic,
+        events: &[Arc<Event>],
+        options: &PublishOptions,
+    ) -> Option<Result<Positions, PublishError>> {
+        let checked = self.check_open("publish", topic).and_then(|()| options.validate()).and_then(|()| check_depth());
+        let prepared = match checked.and_then(|()| if options.local_only { Ok(None) } else { self.prepare(events) }) {
+            Ok(prepared) => prepared,
+            Err(error) => return Some(Err(refused(topic, events)(error))),
+        };
+        let events = prepared.as_deref().unwrap_or(events);
+        self.0.hub.offer_all(topic, events, self.only(options)).then(|| Ok(Positions::none()))
     }
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
@@ -328,6 +340,11 @@ impl PubSub for EventEmitterPubSub {
         let Instance { hub, closed, .. } = &*self.0;
         Some(Arc::new(InstanceLeases::new(hub.leases().clone(), closed.subscribe())))
     }
+}
+
+/// An error of a call that sent nothing.
+fn refused(topic: &Topic, events: &[Arc<Event>]) -> impl Fn(Error) -> PublishError {
+    move |error| PublishError::none_sent(error.during("publish").on(topic), events.len())
 }
 
 /// Drains an instance's subscriptions within the time, then ends them. What others share and can take is left to them at once.

@@ -15,6 +15,7 @@ use smol_str::SmolStr;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+use crate::inline::call;
 use crate::leases::MemoryLeases;
 use crate::topic::TopicState;
 
@@ -107,19 +108,25 @@ impl Hub {
         self.topics.read().get(topic).cloned()
     }
 
-    /// Offers events to a topic and returns how many were taken: as many as its queues have room for, none if publishers wait for
-    /// room already, all if nobody is attached.
-    pub(crate) fn offer(&self, topic: &Topic, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
+    /// Offers events to a topic; false, with nothing done, if a queue has no room for all of them or publishers wait already.
+    #[inline]
+    pub(crate) fn offer_all(&self, topic: &Topic, events: &[Arc<Event>], only: Option<InstanceId>) -> bool {
         let mut wakers = Wakers::new();
-        let offered = {
+        let inline = {
             let topics = self.topics.read();
-            let Some(state) = topics.get(topic) else { return events.len() };
-            if state.has_queue_of_publishers() {
-                return 0;
+            let Some(state) = topics.get(topic) else { return true };
+            match state.push_all(events, only, &mut wakers) {
+                Some(inline) => inline,
+                None => return false,
             }
-            state.push(events, only, &mut wakers)
         };
-        offered.finish(topic, events, only, wakers)
+        for waker in wakers {
+            waker.wake();
+        }
+        if let Some(inline) = inline {
+            call(&inline, topic, events, only);
+        }
+        true
     }
 
     /// Attaches something to a topic, made if need be. No topic is forgotten meanwhile.

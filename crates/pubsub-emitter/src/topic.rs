@@ -35,7 +35,7 @@ struct Attached {
     fan_out: Vec<(InstanceId, Arc<DeliveryQueue>)>,
     groups: Vec<Arc<DeliveryQueue>>,
     /// Replaced as a whole, so that a publisher calls the handlers without a lock.
-    inline: Arc<[Arc<Inline>]>,
+    inline: Handlers,
     letters: Option<Letters>,
 }
 
@@ -47,22 +47,8 @@ struct Letters {
     retention: usize,
 }
 
-/// What came of pushing events, and the handlers to call with those that were taken.
-pub(crate) struct Offered {
-    taken: usize,
-    inline: Option<Arc<[Arc<Inline>]>>,
-}
-
-impl Offered {
-    /// Wakes consumers and calls inline handlers, and returns how many events were taken.
-    pub(crate) fn finish(self, topic: &Topic, events: &[Arc<Event>], only: Option<InstanceId>, wakers: Wakers) -> usize {
-        wakers.into_iter().for_each(Waker::wake);
-        if let Some(inline) = self.inline {
-            call(&inline, topic, &events[..self.taken], only);
-        }
-        self.taken
-    }
-}
+/// The inline handlers of a topic, to be called without a lock.
+pub(crate) type Handlers = Arc<[Arc<Inline>]>;
 
 impl TopicState {
     pub(crate) fn new(topic: Topic) -> Self {
@@ -79,27 +65,35 @@ impl TopicState {
         &self.topic
     }
 
-    /// Whether publishers wait for room: others must not overtake them.
-    pub(crate) fn has_queue_of_publishers(&self) -> bool {
-        self.waiting.load(Ordering::Acquire) > 0
-    }
-
-    /// Gives as many of the events, in order, as every queue has room for, to all. Events `only` for one instance go to that
-    /// instance's subscriptions. What is to be done without locks is left to [`Offered::finish`].
-    pub(crate) fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, wakers: &mut Wakers) -> Offered {
-        let attached = self.attached.lock();
-        let taken = attached.room(only).min(events.len());
-        for queue in attached.queues(only) {
-            queue.push(entries(&events[..taken], only), wakers);
+    /// Gives the events to every queue, if every queue has room for all of them and no publishers wait already; none if not. What
+    /// is returned are the inline handlers to call. Events `only` for one instance go to that instance's subscriptions.
+    #[inline]
+    pub(crate) fn push_all(
+        &self,
+        events: &[Arc<Event>],
+        only: Option<InstanceId>,
+        wakers: &mut Wakers,
+    ) -> Option<Option<Handlers>> {
+        if self.waiting.load(Ordering::Acquire) > 0 {
+            return None;
         }
-        Offered { taken, inline: (!attached.inline.is_empty()).then(|| attached.inline.clone()) }
+        let attached = self.attached.lock();
+        (attached.room(only) >= events.len()).then(|| attached.push(events, only, wakers))
     }
 
-    /// Offers events and returns how many were taken.
+    /// Gives as many of the events, in order, as every queue has room for, to all, and returns how many those were.
     pub(crate) fn offer(&self, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
         let mut wakers = Wakers::new();
-        let offered = self.push(events, only, &mut wakers);
-        offered.finish(&self.topic, events, only, wakers)
+        let (taken, inline) = {
+            let attached = self.attached.lock();
+            let taken = attached.room(only).min(events.len());
+            (taken, attached.push(&events[..taken], only, &mut wakers))
+        };
+        wakers.into_iter().for_each(Waker::wake);
+        if let Some(inline) = inline {
+            call(&inline, &self.topic, &events[..taken], only);
+        }
+        taken
     }
 
     /// Waits in turn until `offer` says that all has been taken; false if the deadline comes first. Cancel safe.
@@ -281,6 +275,13 @@ impl Attached {
     fn queues(&self, only: Option<InstanceId>) -> impl Iterator<Item = &Arc<DeliveryQueue>> {
         let fan_out = self.fan_out.iter().filter(move |(instance, _)| only.is_none_or(|only| only == *instance));
         fan_out.map(|(_, queue)| queue).chain(&self.groups)
+    }
+
+    fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, wakers: &mut Wakers) -> Option<Handlers> {
+        for queue in self.queues(only) {
+            queue.push(entries(events, only), wakers);
+        }
+        (!self.inline.is_empty()).then(|| self.inline.clone())
     }
 
     fn room(&self, only: Option<InstanceId>) -> usize {

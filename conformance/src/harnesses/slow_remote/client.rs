@@ -20,7 +20,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::connection::{Link, Server};
-use super::server::{Answer, Notice, RETENTION, Sent, Stored};
+use super::server::{Answer, Notice, RETENTION, Sent, State, Stored, Stretch};
 use super::subscription::Attachment;
 
 /// The most bytes of data and metadata per event.
@@ -111,7 +111,7 @@ impl SlowRemote {
         &self,
         operation: &'static str,
         topic: &Topic,
-        act: impl FnOnce(&mut super::server::State, &Topic) -> R + Send + 'static,
+        act: impl FnOnce(&mut State, &Topic) -> R + Send + 'static,
     ) -> Result<R> {
         self.check_open(operation, topic)?;
         let of = topic.clone();
@@ -272,9 +272,8 @@ impl PubSub for SlowRemote {
                 attachment.follow(place);
             }
             Some((member, group)) => {
-                let join = move |state: &mut super::server::State, topic: &Topic| {
-                    state.join(topic, &group, start.as_ref(), on_gap, member, session)
-                };
+                let join =
+                    move |state: &mut State, topic: &Topic| state.join(topic, &group, start.as_ref(), on_gap, member, session);
                 self.ask("subscribe", topic, join).await?.map_err(|error| error.during("subscribe").on(topic))?;
                 attachment.feed();
             }
@@ -284,20 +283,17 @@ impl PubSub for SlowRemote {
     }
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
-        let (sent, bounds, more) = self
-            .ask("history", topic, move |state, topic| state.page(topic, &from, limit))
-            .await?
-            .map_err(|error| error.during("history").on(topic))?;
-        let scope = self.ask("history", topic, |state, topic| state.scope(topic)).await?;
+        let page = self.ask("history", topic, move |state, topic| state.page(topic, &from, limit)).await?;
+        let Stretch { scope, sent, floor, head, more } = page.map_err(|error| error.during("history").on(topic))?;
         let cursor = |offset: u64| Cursor::new(scope.clone(), offset);
         // What cannot be read is passed over, as subscriptions do.
         let entries = sent.iter().filter_map(|sent| Some((cursor(sent.place.offset), Arc::new(decode(sent).ok()?)))).collect();
         let next = sent.last().filter(|_| more).map(|last| cursor(last.place.offset));
-        Ok(Page { entries, next, floor: bounds.map(|(first, _)| cursor(first)), head: bounds.map(|(_, last)| cursor(last)) })
+        Ok(Page { entries, next, floor: floor.map(cursor), head: head.map(cursor) })
     }
 
     async fn clear_topic(&self, topic: &Topic) -> Result<()> {
-        self.ask("clear_topic", topic, |state, topic| state.clear(topic)).await
+        self.ask("clear_topic", topic, State::clear).await
     }
 
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
@@ -308,7 +304,7 @@ impl PubSub for SlowRemote {
         self.check_open("inspect", topic)?;
         // What was handed over here has to be known there.
         let _ = timeout(PATIENCE, self.0.notices.flush()).await;
-        let mut status = self.ask("inspect", topic, |state, topic| state.status(topic)).await?;
+        let mut status = self.ask("inspect", topic, State::status).await?;
         let attached = self.0.attached.lock();
         let of_topic = attached.queues.iter().filter(|(of, queue)| of == topic && !queue.is_ended());
         status.fan_out = Some(of_topic.filter(|(_, queue)| queue.group_name().is_none()).count() as u64);
@@ -383,10 +379,8 @@ async fn send(notices: SettleQueue<Notice>, link: Link, mut gone: oneshot::Recei
                 _ = &mut gone => Vec::new(),
             }
         };
-        if batch.is_empty() {
-            if std::mem::replace(&mut last, true) {
-                return;
-            }
+        if batch.is_empty() && std::mem::replace(&mut last, true) {
+            return;
         }
         while !batch.is_empty() {
             let notices: Vec<_> = batch.iter().map(|open| open.what().clone()).collect();

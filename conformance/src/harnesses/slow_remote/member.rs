@@ -252,9 +252,7 @@ impl Member {
                 drop(self.retry(&event, place, attempt, Some(Duration::ZERO), reason));
                 revoked.into_iter().for_each(Waker::wake);
             }
-            Some(Held::Local(delivery)) => {
-                drop(delivery.settle(Settlement::Retry { after: None, reason: Some(reason.into()) }))
-            }
+            Some(Held::Local(delivery)) => drop(delivery.retry()),
             None => {}
         }
     }

@@ -48,6 +48,16 @@ pub(super) struct Sent {
     pub(super) stored: Stored,
 }
 
+/// A stretch of a topic's history, the oldest and the newest offset there are, and whether there are more events behind it.
+#[derive(Debug)]
+pub(super) struct Stretch {
+    pub(super) scope: Arc<Scope>,
+    pub(super) sent: Vec<Sent>,
+    pub(super) floor: Option<u64>,
+    pub(super) head: Option<u64>,
+    pub(super) more: bool,
+}
+
 /// What a member of a group says about one delivery; the attempt makes sure that it is not about an earlier one.
 #[derive(Debug, Clone)]
 pub(super) struct Notice {
@@ -292,19 +302,18 @@ impl State {
         if lost { Answer::Lost } else { Answer::Is(settled) }
     }
 
-    /// Up to so many events from a start on, with the oldest and the newest offset there are and whether there are more.
-    pub(super) fn page(&mut self, topic: &Topic, from: &Start, most: usize) -> Result<(Vec<Sent>, Option<(u64, u64)>, bool)> {
+    /// Up to so many events from a start on.
+    pub(super) fn page(&mut self, topic: &Topic, from: &Start, most: usize) -> Result<Stretch> {
         let from = self.start(topic, from, OnGap::Fail)?;
         let (sent, next) = self.read(topic, from, most);
-        let log = self.log(topic);
-        let bounds = log.entries.first_key_value().map(|(first, _)| *first);
-        let bounds = bounds.zip(log.entries.last_key_value().map(|(last, _)| *last));
-        Ok((sent, bounds, log.entries.range(next.offset..).next().is_some()))
-    }
-
-    /// The scope that the topic's places count in.
-    pub(super) fn scope(&mut self, topic: &Topic) -> Arc<Scope> {
-        self.log(topic).scope.clone()
+        let Log { scope, entries, .. } = self.log(topic);
+        Ok(Stretch {
+            scope: scope.clone(),
+            sent,
+            floor: entries.keys().next().copied(),
+            head: entries.keys().next_back().copied(),
+            more: entries.range(next.offset..).next().is_some(),
+        })
     }
 
     /// Forgets what is kept, and what groups have pending, and starts a new generation.
@@ -429,7 +438,8 @@ impl Members {
         let Some(pending) = self.pending.get_mut(place) else { return Settled::TooLate };
         let held = pending.attempt == *attempt && pending.holder.is_some_and(|(of, _)| of == member);
         // A late acknowledgement still counts unless somebody else has started.
-        if !held && !(matches!(what, What::Done(..)) && pending.holder.is_none()) {
+        let still_free = pending.holder.is_none() && matches!(what, What::Done(..));
+        if !held && !still_free {
             return Settled::TooLate;
         }
         match what {

@@ -227,6 +227,9 @@ async fn two_letters(ctx: Ctx) -> Verdict {
         }
         expected.push(format!("{} {topic} {group} {attempts} why", event.id()));
     }
+    // Read on: whoever is about to hand over again judges that no attempt is left.
+    let subscriptions = members.each_mut().map(|(member, ..)| member);
+    ctx.nothing_more(&bus, &topic, subscriptions).await?;
     for letter in ctx.collect(&mut letters, 2).await? {
         let letter = letter.event();
         let Some(Origin { event: id, topic, group: Some(group), attempts, reason, .. }) = Origin::of(letter) else {
@@ -239,8 +242,6 @@ async fn two_letters(ctx: Ctx) -> Verdict {
     }
     exactly_once(&expected, &found)?;
     ensure!(letter_ids[0] != letter_ids[1] && !letter_ids.contains(event.id()), "the ids of {event:?} and its letters agree");
-    let subscriptions = members.each_mut().map(|(member, ..)| member);
-    ctx.nothing_more(&bus, &topic, subscriptions).await?;
     ctx.nothing_more(&bus, &dead, [&mut letters]).await
 }
 

@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, Entry, InstanceId, Timer, Wakers};
-use pubsub_core::{Delivery, Event, Group, RetryPolicy, SubscribeOptions, Subscription, Topic};
+use pubsub_core::{AckMode, Delivery, Event, Group, RetryPolicy, SubscribeOptions, Subscription, Topic};
 
 /// The instance that tests are on unless they say otherwise.
 pub const HERE: InstanceId = 1;
@@ -80,6 +80,14 @@ pub fn event(number: u32) -> Arc<Event> {
 
 pub fn entries(numbers: impl IntoIterator<Item = u32>) -> impl Iterator<Item = Entry> {
     numbers.into_iter().map(|number| Entry::new(event(number)))
+}
+
+pub fn by_hand() -> SubscribeOptions {
+    SubscribeOptions::fan_out().ack_mode(AckMode::Manual)
+}
+
+pub fn local(numbers: impl IntoIterator<Item = u32>, instance: InstanceId) -> impl Iterator<Item = Entry> {
+    entries(numbers).map(move |entry| Entry { only: Some(instance), ..entry })
 }
 
 pub fn push(queue: &DeliveryQueue, numbers: impl IntoIterator<Item = u32>) {

@@ -13,10 +13,6 @@ use super::DeliveryQueue;
 use super::state::Item;
 use crate::{AckMode, Control, Delivery, Result, Source, SubscriptionStatus};
 
-/// How often a member that finds nothing looks again before it waits to be woken: waking a parked thread costs publisher and
-/// consumer many times what handing over a delivery does.
-const LINGER: u32 = 4;
-
 /// A member's place in a queue, shared by its source and its handles.
 pub(super) struct Membership {
     pub(super) queue: Arc<DeliveryQueue>,
@@ -66,13 +62,11 @@ pub(super) struct QueueSource {
     stash: VecDeque<Item>,
     /// The most to take in one go.
     take: usize,
-    /// Times in a row it found nothing and looked again.
-    lingered: u32,
 }
 
 impl QueueSource {
     pub(super) fn new(membership: Arc<Membership>, take: usize) -> Self {
-        Self { membership, stash: VecDeque::new(), take, lingered: 0 }
+        Self { membership, stash: VecDeque::new(), take }
     }
 
     /// The next delivery without a lock, where nothing needs one: it is settled by being handed over, at its first attempt.
@@ -103,12 +97,6 @@ impl Source for QueueSource {
             return Poll::Ready(Some(Ok(delivery)));
         }
         let Membership { queue, member, .. } = &*self.membership;
-        if self.lingered < LINGER && self.stash.is_empty() && queue.len.load(Ordering::Acquire) == 0 {
-            self.lingered += 1;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        self.lingered = 0;
         queue.poll_take(*member, &mut self.stash, self.take, cx, mode)
     }
 }

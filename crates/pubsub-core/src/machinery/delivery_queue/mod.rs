@@ -24,8 +24,8 @@ use self::member::{Membership, QueueSource};
 use self::state::{Chores, Item, State};
 use super::{Due, Timer};
 use crate::{
-    AckMode, Delivery, Event, Group, Position, Receipt, Result, Scope, SubscribeOptions, Subscription, SubscriptionStatus,
-    Timestamp, Topic,
+    AckMode, Delivery, Event, Group, GroupStatus, Position, Receipt, Result, Scope, SubscribeOptions, Subscription,
+    SubscriptionStatus, Timestamp, Topic,
 };
 
 /// Which instance of a bus a member belongs to: members of one queue may belong to several.
@@ -320,7 +320,7 @@ impl DeliveryQueue {
 
     /// Waits until [`is_drained`](Self::is_drained). Cancel safe.
     pub async fn drained(&self) {
-        self.when(|queue| queue.is_drained()).await;
+        self.when(Self::is_drained).await;
     }
 
     /// Waits until this instance's [`burden`](Self::burden) is nothing. Cancel safe.
@@ -365,6 +365,15 @@ impl DeliveryQueue {
             oldest: oldest.map(age),
             members: state.members() as u64,
         }
+    }
+
+    /// The status of the group it serves; none for fan-out, and none once it has ended.
+    pub fn group_status(&self) -> Option<GroupStatus> {
+        let group = self.group.clone().filter(|_| !self.is_ended())?;
+        let QueueStatus { waiting, held, oldest, members } = self.status();
+        let mut status = GroupStatus::new(group);
+        (status.waiting, status.held, status.oldest, status.members) = (Some(waiting), Some(held), oldest, Some(members));
+        Some(status)
     }
 
     fn member_status(&self, member: u64) -> SubscriptionStatus {

@@ -1,0 +1,144 @@
+//! Small wrong buses, each of which its properties must catch: what proves the suite.
+//!
+//! A saboteur wraps a bus that is right and does one thing wrong. The properties named for it have to fail, and have to pass when
+//! the wrapper does no harm. That every clause has a property and a saboteur is checked here, too.
+
+mod closing;
+mod delivering;
+mod pairing;
+mod publishing;
+mod retaining;
+mod settling;
+mod subscribing;
+mod wrapper;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use pubsub_conformance::harnesses::{EmitterHarness, SlowRemoteHarness};
+use pubsub_conformance::{Harness, Outcome, Suite, registry};
+
+use crate::wrapper::{Harmless, Sabotage, SabotagedHarness};
+
+/// How many run at a time: they mostly wait in vain.
+const AT_A_TIME: usize = 8;
+
+/// One way for a bus to be wrong.
+pub struct Saboteur {
+    /// What it does.
+    what: &'static str,
+    /// The clauses it breaks.
+    clauses: &'static [&'static str],
+    /// The properties that must catch it, each of them.
+    caught_by: &'static [&'static str],
+    base: Base,
+    make: fn() -> Arc<dyn Sabotage>,
+}
+
+/// The bus that a saboteur wraps.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Base {
+    Memory,
+    MemoryStrict,
+    SlowRemote,
+}
+
+impl Base {
+    fn harness(self) -> Arc<dyn Harness> {
+        match self {
+            Self::Memory => Arc::new(EmitterHarness::plain()),
+            Self::MemoryStrict => Arc::new(EmitterHarness::strict()),
+            Self::SlowRemote => Arc::new(SlowRemoteHarness::new(0x5ab)),
+        }
+    }
+}
+
+/// All of them.
+fn saboteurs() -> Vec<Saboteur> {
+    [
+        publishing::saboteurs,
+        subscribing::saboteurs,
+        delivering::saboteurs,
+        settling::saboteurs,
+        retaining::saboteurs,
+        closing::saboteurs,
+    ]
+    .into_iter()
+    .flat_map(|section| section())
+    .collect()
+}
+
+/// Declares a saboteur over the in-process bus.
+fn saboteur<S: Sabotage + Default>(
+    what: &'static str,
+    clauses: &'static [&'static str],
+    caught_by: &'static [&'static str],
+) -> Saboteur {
+    Saboteur { what, clauses, caught_by, base: Base::Memory, make: || Arc::new(S::default()) }
+}
+
+impl Saboteur {
+    /// Over another bus.
+    fn over(mut self, base: Base) -> Self {
+        self.base = base;
+        self
+    }
+}
+
+/// What came of one property over a wrapped bus.
+fn outcome(base: Base, make: fn() -> Arc<dyn Sabotage>, id: &'static str) -> Result<Outcome, Failed> {
+    let harness = Arc::new(SabotagedHarness::new(base.harness(), make));
+    let report = Suite::new(harness).filter(|property| property.id() == id).run_blocking();
+    report.outcome(id).cloned().ok_or_else(|| Failed::from(format!("there is no property {id}")))
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(AT_A_TIME);
+    let mut trials = pairing::trials();
+    let mut controls = std::collections::BTreeSet::new();
+    for Saboteur { what, caught_by, base, make, .. } in saboteurs() {
+        for id in caught_by {
+            controls.insert((base, *id));
+            trials.push(Trial::test(format!("{id} catches a bus that {what}"), move || match outcome(base, make, id)? {
+                Outcome::Fail(_) => Ok(()),
+                Outcome::Pass => Err(Failed::from(format!("{id} passes"))),
+                Outcome::Ignored(why) => Err(Failed::from(format!("{id} does not run: {why}"))),
+            }));
+        }
+    }
+    for (base, id) in controls {
+        let name = base.harness().name().to_owned();
+        trials.push(Trial::test(format!("{id} passes over {name}, wrapped and unharmed"), move || {
+            match outcome(base, || Arc::new(Harmless), id)? {
+                Outcome::Pass => Ok(()),
+                other => Err(Failed::from(format!("{other:?}"))),
+            }
+        }));
+    }
+    if std::env::var_os("SABOTEURS_MATRIX").is_some() {
+        trials.push(Trial::test("matrix", || {
+            matrix();
+            Ok(())
+        }));
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Every saboteur against every property: which properties does nobody fail?
+fn matrix() {
+    let mut failed = std::collections::BTreeMap::<&str, Vec<&str>>::new();
+    for Saboteur { what, base, make, .. } in saboteurs() {
+        let report = Suite::new(Arc::new(SabotagedHarness::new(base.harness(), make))).run_blocking();
+        for property in report.failures() {
+            failed.entry(property.id).or_default().push(what);
+        }
+    }
+    for property in registry() {
+        if property.omitted().is_none() {
+            let by = failed.get(property.id()).map_or(0, Vec::len);
+            println!("{:<8} failed by {by:>3}: {}", property.id(), property.title());
+        }
+    }
+}
