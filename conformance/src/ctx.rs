@@ -520,3 +520,36 @@ impl Ctx {
         Ok(())
     }
 }
+
+/// Holds deliveries to exactly these events, each once, in this order.
+///
+/// # Errors
+/// Names what is missing, extra and repeated, or the first pair that is the wrong way round.
+pub fn in_sequence(sent: &[Arc<Event>], deliveries: &[Delivery]) -> Verdict {
+    exactly(sent, deliveries)?;
+    crate::oracle::in_order(&crate::oracle::ids(sent), &delivered(deliveries))
+}
+
+/// A publisher beside the property: what sections about arriving in the middle of a stream of events have in common.
+impl Ctx {
+    /// Publishes events of one run, one after the other, in a task of its own, and notes each under the run's name before it
+    /// is sent.
+    pub fn publisher(
+        &self,
+        bus: &Bus,
+        topic: &Topic,
+        recorder: &Recorder,
+        run: &str,
+        count: usize,
+    ) -> JoinHandle<Option<Verdict>> {
+        let (ctx, bus, topic, recorder, run) = (self.clone(), bus.clone(), topic.clone(), recorder.clone(), run.to_owned());
+        self.spawn(async move {
+            for _ in 0..count {
+                let event = Arc::new(Event::clone(&ctx.event()).with_run_id(&run));
+                recorder.published(run.as_str(), &event);
+                ctx.within("publish", bus.publish(&topic, event)).await??;
+            }
+            Ok(())
+        })
+    }
+}

@@ -68,7 +68,7 @@ mod properties;
 mod property;
 mod suite;
 
-pub use ctx::{Consumer, Ctx, exactly, panic_on_purpose};
+pub use ctx::{Consumer, Ctx, exactly, in_sequence, panic_on_purpose};
 pub use expectation::Differences;
 pub use harness::{Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing};
 pub use mimic::main;

@@ -24,8 +24,10 @@ pub(crate) fn run_all() -> Outcome {
     tidy::run()?;
     let everything = ["clippy", "--workspace", "--all-features", "--all-targets", "--", "-D", "warnings"];
     run("lints", &mut cargo(everything))?;
-    let bare = ["clippy", "--package", "pubsub-connect", "--no-default-features", "--", "-D", "warnings"];
-    run("lints without features", &mut cargo(bare))?;
+    for package in ["pubsub-connect", "pubsub-conformance"] {
+        let bare = ["clippy", "--package", package, "--no-default-features", "--", "-D", "warnings"];
+        run("lints without features", &mut cargo(bare))?;
+    }
     let mut documentation = cargo(["doc", "--workspace", "--all-features", "--no-deps"]);
     run("documentation", documentation.env("RUSTDOCFLAGS", "-D warnings"))?;
     test()?;
@@ -45,12 +47,13 @@ fn examples() -> Outcome {
     example("quickstart", Some(BAD_LINES), 2)
 }
 
+/// The examples that the package declares.
 fn names() -> Outcome<Vec<String>> {
-    let sources = std::fs::read_dir("examples/examples").map_err(|error| format!("examples/examples: {error}"))?;
-    let paths = sources.filter_map(Result::ok).map(|entry| entry.path());
-    let mut names: Vec<_> = paths.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect();
-    names.sort();
-    Ok(names)
+    let manifest = std::fs::read_to_string("examples/Cargo.toml").map_err(|error| format!("examples/Cargo.toml: {error}"))?;
+    let sections = manifest.split("[[example]]").skip(1);
+    let name = |section: &str| Some(section.split_once("name = \"")?.1.split_once('"')?.0.to_owned());
+    let names: Option<Vec<_>> = sections.map(name).collect();
+    names.filter(|names| !names.is_empty()).ok_or_else(|| "examples/Cargo.toml: an example without a name, or none".into())
 }
 
 fn example(name: &str, input: Option<&'static str>, expected: i32) -> Outcome {

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::pending;
@@ -145,28 +145,46 @@ async fn refuses(ctx: Ctx) -> Verdict {
 }
 
 async fn no_call_after_close(ctx: Ctx) -> Verdict {
-    let (bus, other, topic) = (ctx.bus().await?, ctx.connect().await?, ctx.topic("closed"));
-    let (recorder, options) = (Recorder::new(), ctx.fan_out());
-    let seen = recorder.clone();
-    let handler = move |message: Message| {
-        seen.event("closed", message.event(), message.attempt());
-        std::future::ready(Ok(()))
-    };
-    let handler = ctx.within("subscribe", other.on(&topic, options, 4, handler)).await??;
+    let (bus, topic, recorder) = (ctx.bus().await?, ctx.topic("closed"), Recorder::new());
     let staying = ctx.consume(ctx.subscribe(&bus, &topic, ctx.fan_out()).await?, &recorder, "staying");
+    let enough = Arc::new(AtomicBool::new(false));
     let publishing = ctx.spawn({
-        let (ctx, bus, topic) = (ctx.clone(), bus.clone(), topic.clone());
-        async move { ctx.publish(&bus, &topic, 300).await }
+        let (ctx, bus, topic, enough) = (ctx.clone(), bus.clone(), topic.clone(), enough.clone());
+        async move {
+            let mut sent = Vec::new();
+            while !enough.load(Ordering::Relaxed) {
+                sent.extend(ctx.publish(&bus, &topic, 1).await?);
+                tokio::task::yield_now().await;
+            }
+            Verdict::Ok(sent)
+        }
     });
-    ctx.eventually("the handler was called", || recorder.count_of("closed") > 0).await?;
-    // With enough time for what is being handed over just now.
-    ctx.within("close", other.close(ctx.timing().patience)).await??;
-    let before = recorder.count_of("closed");
+    let mut closed = Vec::new();
+    for name in ["first", "second", "third", "fourth", "fifth"] {
+        let (other, seen) = (ctx.connect().await?, recorder.clone());
+        let handler = move |message: Message| {
+            seen.event(name, message.event(), message.attempt());
+            async {
+                tokio::task::yield_now().await;
+                Ok(())
+            }
+        };
+        let handler = ctx.within("subscribe", other.on(&topic, ctx.fan_out(), 4, handler)).await??;
+        ctx.eventually("the handler was called", || recorder.count_of(name) > 0).await?;
+        // With enough time for what is being handed over just now.
+        let answer = ctx.within("close", other.close(ctx.timing().patience / 2)).await??;
+        closed.push((name, recorder.count_of(name)));
+        ensure_eq!(answer.cut_off, 0, "deliveries that {name} had time for and was not left");
+        let report = ctx.within("the handler's end", handler.ended()).await??;
+        ensure_eq!(report.done, recorder.count_of(name) as u64, "calls of {name} that ended");
+    }
+    enough.store(true, Ordering::Relaxed);
     let mut sent = ctx.join("publishing", publishing).await??;
     sent.extend(ctx.publish(&bus, &topic, 20).await?);
     ctx.fence_consumers(&bus, &topic, &recorder, &[&staying]).await?;
-    ensure_eq!(recorder.count_of("closed"), before, "calls after the close");
-    ctx.within("the handler's end", handler.ended()).await??;
+    for (name, before) in closed {
+        ensure_eq!(recorder.count_of(name), before, "calls of {name} after it was closed");
+    }
     exactly_once(&ids(&sent), &recorder.ids_of("staying"))
 }
 
@@ -428,12 +446,12 @@ async fn close_in_an_outage(ctx: Ctx) -> Verdict {
 async fn drains(ctx: Ctx) -> Verdict {
     let (bus, topic, recorder) = (ctx.connect().await?, ctx.topic("drains"), Recorder::new());
     let (seen, gate) = (recorder.clone(), Arc::new(tokio::sync::Semaphore::new(0)));
-    let opens = gate.clone();
+    let (opens, pause) = (gate.clone(), ctx.timing().backoff / 10);
     let handler = move |message: Message| {
         let (seen, opens) = (seen.clone(), opens.clone());
         async move {
             drop(opens.acquire().await?);
-            tokio::task::yield_now().await;
+            tokio::time::sleep(pause).await;
             seen.event("handler", message.event(), message.attempt());
             Ok(())
         }

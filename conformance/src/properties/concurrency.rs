@@ -123,25 +123,34 @@ async fn nobody_left(ctx: &Ctx, bus: &Bus, topic: &Topic) -> Verdict {
 
 async fn no_call_after_stop(ctx: Ctx) -> Verdict {
     let (bus, topic, recorder) = (ctx.bus().await?, ctx.topic("stopped"), Recorder::new());
-    let stopped = recording(&ctx, &bus, &topic, &recorder, "stopped").await?;
     let control = recording(&ctx, &bus, &topic, &recorder, "control").await?;
     let publishing = ctx.spawn({
         let (ctx, bus, topic) = (ctx.clone(), bus.clone(), topic.clone());
         async move { ctx.publish(&bus, &topic, 300).await }
     });
-    ctx.eventually("the handler was called", || recorder.count_of("stopped") > 0).await?;
-    ctx.within("stop", stopped.stop()).await??;
-    let before = recorder.count_of("stopped");
+    let mut stopped = Vec::new();
+    for name in ["first", "second", "third"] {
+        let handler = recording(&ctx, &bus, &topic, &recorder, name).await?;
+        let first = ctx.publish(&bus, &topic, 1).await?.remove(0);
+        recorder.published("extra", &first);
+        ctx.eventually("the handler was called", || recorder.saw_by(name, first.id())).await?;
+        let report = ctx.within("stop", handler.stop()).await??;
+        stopped.push((name, recorder.count_of(name)));
+        // What had begun has also ended.
+        ensure_eq!(report.done, recorder.count_of(name) as u64, "calls of {name} that ended before it had stopped");
+    }
     let mut sent = ctx.join("publishing", publishing).await??;
     sent.extend(ctx.publish(&bus, &topic, 20).await?);
+    let sent = [ids(&sent), recorder.sent()].concat();
     let fence = ctx.fence(&bus, &topic).await?;
     ctx.eventually("the fence at the other handler", || recorder.saw_by("control", &fence)).await?;
     ctx.eventually("all at the other handler", || recorder.count_of("control") >= sent.len()).await?;
-    ensure_eq!(recorder.count_of("stopped"), before, "calls after unsubscribing");
-    at_most_once(&ids(&sent), &recorder.ids_of("stopped"))?;
-    exactly_once(&ids(&sent), &recorder.ids_of("control"))?;
+    for (name, before) in stopped {
+        ensure_eq!(recorder.count_of(name), before, "calls of {name} after it had stopped");
+        at_most_once(&sent, &recorder.ids_of(name))?;
+    }
     ctx.within("stop", control.stop()).await??;
-    Ok(())
+    exactly_once(&sent, &recorder.ids_of("control"))
 }
 
 async fn stop_twice(ctx: Ctx) -> Verdict {
@@ -323,7 +332,7 @@ async fn join_while_leaving(ctx: Ctx) -> Verdict {
     let mut member = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
     for round in 0..50 {
         // On different threads, as far as there are two.
-        let start = Arc::new(tokio::sync::Barrier::new(2));
+        let start = Arc::new(tokio::sync::Barrier::new(4));
         let leaving = ctx.spawn({
             let start = start.clone();
             async move {
@@ -331,14 +340,22 @@ async fn join_while_leaving(ctx: Ctx) -> Verdict {
                 member.unsubscribe().await;
             }
         });
-        let joining = ctx.spawn({
-            let (ctx, bus, topic, group) = (ctx.clone(), bus.clone(), topic.clone(), group.clone());
-            async move {
+        let joining = [(); 3].map(|()| {
+            let (own, bus, topic, group) = (ctx.clone(), bus.clone(), topic.clone(), group.clone());
+            let start = start.clone();
+            ctx.spawn(async move {
                 start.wait().await;
-                ctx.subscribe(&bus, &topic, ctx.member(&group)).await
-            }
+                own.subscribe(&bus, &topic, own.member(&group)).await
+            })
         });
-        member = ctx.join("subscribe", joining).await??;
+        let mut joined = Vec::new();
+        for one in joining {
+            joined.push(ctx.join("subscribe", one).await??);
+        }
+        member = joined.remove(0);
+        for other in joined {
+            ctx.within("unsubscribe", other.unsubscribe()).await?;
+        }
         let sent = ctx.publish(&bus, &topic, 3).await?;
         ctx.join("unsubscribe", leaving).await?;
         let seen = ctx.collect_done(&mut member, 3).await.map_err(|why| why.at(format!("round {round}")))?;

@@ -230,12 +230,13 @@ async fn unstored(ctx: Ctx) -> Verdict {
 }
 
 async fn settled_like_any(ctx: Ctx) -> Verdict {
-    let (bus, topic) = (ctx.bus().await?, ctx.topic("local"));
+    let bus = ctx.bus().await?;
     let mut kinds = vec![ctx.fan_out().ack_mode(AckMode::Manual)];
     if ctx.capabilities().supports(Capability::Groups) {
         kinds.push(ctx.member(&ctx.group("g")));
     }
     for options in kinds {
+        let topic = ctx.topic("local");
         let mut subscription = ctx.subscribe(&bus, &topic, options).await?;
         let value = Arc::new(Live(7));
         let event = live(&value);

@@ -4,7 +4,6 @@
 //! the wrapper does no harm. That every clause has a property and a saboteur is checked here, too.
 
 mod closing;
-mod delivering;
 mod pairing;
 mod publishing;
 mod retaining;
@@ -56,17 +55,10 @@ impl Base {
 
 /// All of them.
 fn saboteurs() -> Vec<Saboteur> {
-    [
-        publishing::saboteurs,
-        subscribing::saboteurs,
-        delivering::saboteurs,
-        settling::saboteurs,
-        retaining::saboteurs,
-        closing::saboteurs,
-    ]
-    .into_iter()
-    .flat_map(|section| section())
-    .collect()
+    [publishing::saboteurs, subscribing::saboteurs, settling::saboteurs, retaining::saboteurs, closing::saboteurs]
+        .into_iter()
+        .flat_map(|section| section())
+        .collect()
 }
 
 /// Declares a saboteur over the in-process bus.

@@ -1,20 +1,21 @@
 //! Buses that attach, queue and separate subscriptions wrongly.
 
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_core::{
-    Event, Filter, Group, Positions, PublishError, PublishOptions, Result, Settlement, Start, SubscribeOptions, Subscription,
-    SubscriptionHandle, Topic, TopicStatus,
+    Delivery, Event, Filter, Group, Positions, PublishError, PublishOptions, Receipt, Result, Settlement, SubscribeOptions,
+    Subscription, SubscriptionHandle, Topic, TopicStatus,
 };
 use tokio::sync::Notify;
 
 use crate::publishing::{FOREVER, discard};
-use crate::wrapper::{Counter, Honest, Parcel, Sabotage, View};
-use crate::{Base, Saboteur, saboteur};
+use crate::wrapper::{Honest, Parcel, Sabotage, View};
+use crate::{Saboteur, saboteur};
 
 pub fn saboteurs() -> Vec<Saboteur> {
     vec![
@@ -42,14 +43,14 @@ pub fn saboteurs() -> Vec<Saboteur> {
     ]
 }
 
-/// A subscription that is attached only when it is first read.
+/// What is published first after a subscription was made is not seen by anybody.
 #[derive(Default)]
-struct LateStart(Mutex<Vec<(Topic, u64)>>, AtomicU64);
+struct LateStart(Mutex<HashSet<Topic>>);
 
 #[async_trait]
 impl Sabotage for LateStart {
     async fn subscribe(&self, honest: &Honest, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
-        self.0.lock().push((topic.clone(), 0));
+        self.0.lock().insert(topic.clone());
         honest.subscribe(topic, options).await
     }
 
@@ -60,15 +61,8 @@ impl Sabotage for LateStart {
         events: &[Arc<Event>],
         options: PublishOptions,
     ) -> Result<Positions, PublishError> {
-        // What is published first after a subscription was made is not seen by it.
-        let fresh = {
-            let mut attached = self.0.lock();
-            let before = attached.len();
-            attached.retain(|(of, _)| of != topic);
-            before > attached.len()
-        };
-        self.1.fetch_add(1, Ordering::Relaxed);
-        if fresh { Ok(Positions::none()) } else { honest.publish(topic, events, options).await }
+        let too_early = self.0.lock().remove(topic);
+        if too_early { Ok(Positions::none()) } else { honest.publish(topic, events, options).await }
     }
 }
 
@@ -202,30 +196,23 @@ impl Sabotage for OneForAll {
     }
 }
 
-/// Each member has a queue of its own, filled in turn.
+/// Each member is a group of its own, and its turn comes whether it asks or not.
 #[derive(Default)]
-struct RoundRobin {
-    members: Mutex<Vec<Group>>,
-    count: Counter,
-}
+struct RoundRobin(AtomicUsize);
 
 #[async_trait]
 impl Sabotage for RoundRobin {
-    async fn subscribe(&self, honest: &Honest, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
-        let own = options.group.as_ref().map(|_| Group::new(format!("member-{}", self.members.lock().len()))).transpose()?;
-        self.members.lock().extend(own.clone());
-        honest.subscribe(topic, SubscribeOptions { group: own, ..options }).await
+    async fn subscribe(&self, honest: &Honest, topic: &Topic, mut options: SubscribeOptions) -> Result<Subscription> {
+        if options.group.is_some() {
+            options.group = Some(Group::new(self.0.fetch_add(1, Ordering::SeqCst).to_string())?);
+        }
+        honest.subscribe(topic, options).await
     }
 
     fn deliver(&self, view: &View, parcel: Parcel) -> Vec<Parcel> {
-        let Some(_) = &view.options.group else { return vec![parcel] };
-        let members = self.members.lock();
-        // Of all members one takes the event, whether it asks or not: the one whose turn it is by the event's id.
-        let turn = parcel.event.id().to_string().bytes().map(usize::from).sum::<usize>() % members.len();
-        let me = self.count.next(view.handle.status().held) as usize;
-        drop(members);
-        let _ = me;
-        if turn == view.number(view.topic.as_str()) { vec![parcel] } else { discard(parcel) }
+        let turn = parcel.event.id().to_string().bytes().map(usize::from).sum::<usize>() % self.0.load(Ordering::SeqCst).max(1);
+        let me = view.below.group.as_ref().map(|member| member.as_str().to_owned());
+        if me.is_none_or(|me| me == turn.to_string()) { vec![parcel] } else { discard(parcel) }
     }
 }
 
@@ -327,7 +314,7 @@ impl Sabotage for WaitsForHandlers {
         vec![parcel]
     }
 
-    fn settle(&self, _: &View, delivery: pubsub_core::Delivery, settlement: Settlement) -> pubsub_core::Receipt {
+    fn settle(&self, _: &View, delivery: Delivery, settlement: Settlement) -> Receipt {
         self.held.fetch_sub(1, Ordering::SeqCst);
         self.settled.notify_one();
         delivery.settle(settlement)
@@ -361,6 +348,3 @@ impl Sabotage for RetriesFiltered {
         if admitted { vec![parcel] } else { Vec::new() }
     }
 }
-
-#[allow(unused)]
-fn unused(_: Base, _: Start) {}

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use pubsub_core::machinery::InFlight;
 use pubsub_core::{
     AckMode, Capabilities, Closed, Control, Cursor, Delivery, Event, LeaseProvider, Page, Positions, PubSub, PublishError,
     PublishOptions, Receipt, Result, Settled, Settlement, Settler, Source, Start, StatusWatch, SubscribeOptions, Subscription,
-    SubscriptionHandle, SubscriptionStatus, Topic, TopicStatus, TrimFilter,
+    SubscriptionHandle, SubscriptionStatus, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 
 /// The bus below, which is right.
@@ -162,10 +163,18 @@ impl Parcel {
     }
 }
 
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
+
 /// One subscription, seen from within the wrapper.
 pub struct View {
     pub topic: Topic,
     pub options: SubscribeOptions,
+    /// What it was subscribed with below.
+    pub below: SubscribeOptions,
+    /// One that no other subscription has.
+    pub number: u64,
+    /// When it was made.
+    pub since: Timestamp,
     honest: Weak<dyn PubSub>,
     pub handle: SubscriptionHandle,
     sabotage: Arc<dyn Sabotage>,
@@ -294,6 +303,7 @@ impl PubSub for Sabotaged {
     }
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
+        let since = Timestamp::now();
         let mut below = options.clone().ack_mode(AckMode::Manual);
         below.filter = None;
         let inner = self.sabotage.subscribe(&self.honest, topic, below).await?;
@@ -301,6 +311,9 @@ impl PubSub for Sabotaged {
         let view = Arc::new(View {
             topic: topic.clone(),
             options: options.clone(),
+            below: inner.options().clone(),
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            since,
             honest: Arc::downgrade(&self.honest),
             handle: inner.handle(),
             sabotage: self.sabotage.clone(),

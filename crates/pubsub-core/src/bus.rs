@@ -13,8 +13,8 @@ use crate::dead_letter::{REDRIVE_GROUP, redriven};
 use crate::subscription::Nudge;
 use crate::{
     Capabilities, Capability, Closed, Cursor, Error, Event, Failure, Group, LeaseProvider, Message, Page, Positions, PubSub,
-    PublishError, PublishOptions, Result, RunReport, Start, StatusWatch, SubscribeOptions, Subscription, SubscriptionHandle,
-    Topic, TopicStatus, TrimFilter, with_leases,
+    PublishError, PublishOptions, Result, RetryPolicy, RunReport, Start, StatusWatch, SubscribeOptions, Subscription,
+    SubscriptionHandle, Topic, TopicStatus, TrimFilter, with_leases,
 };
 
 /// An event bus, whatever carries it. Cheap to clone; all clones are one instance of the backend.
@@ -213,11 +213,12 @@ impl Bus {
         self.pubsub.history(&topic(of)?, from, limit).await
     }
 
-    /// Redrives dead letters to a handler: each letter of the topic that was not redriven yet is handed to it once, one at a
-    /// time, and settled by outcome. Returns when none is left.
+    /// Redrives dead letters to a handler, one at a time: each letter of the topic that was not redriven yet, until it is handled,
+    /// once. Returns when none is left.
     ///
-    /// The letters are read as the group [`REDRIVE_GROUP`]; those it has not finished when the future is dropped come next
-    /// time. [`Origin::of`](crate::Origin::of) tells where each comes from.
+    /// A letter whose handler fails is tried again, with the default back-off and as often as it takes; a handler that wants to be
+    /// rid of one returns [`Failure::dead_letter`]. The letters are read as the group [`REDRIVE_GROUP`]; those not handled when the
+    /// future is dropped come next time. [`Origin::of`](crate::Origin::of) tells where each comes from.
     ///
     /// # Errors
     /// `Unsupported` where dead letters are not kept; else as [`PubSub::subscribe`].
@@ -228,7 +229,8 @@ impl Bus {
         Fut: Future<Output = Result<(), Failure>>,
     {
         self.require([Capability::DeadLetterHistory]).map_err(|error| error.during("redrive"))?;
-        let options = SubscribeOptions::group(Group::new(REDRIVE_GROUP)?).start(Start::Earliest);
+        let patient = RetryPolicy::new().max_attempts(0);
+        let options = SubscribeOptions::group(Group::new(REDRIVE_GROUP)?).start(Start::Earliest).retry(patient);
         let mut subscription = self.subscribe_with(dead_letters, options).await?;
         let handle = subscription.handle();
         let end_when_drained = async {

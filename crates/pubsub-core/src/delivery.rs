@@ -61,7 +61,14 @@ pub trait Settler: Send + Sync {
 /// One hand-over of one event to one subscription.
 ///
 /// Settling consumes it and records the decision at once; the returned [`Receipt`] only tells what came of it and may be
-/// dropped. A delivery dropped unsettled is a retry.
+/// dropped. A delivery dropped unsettled is a retry. Settling twice cannot be written:
+///
+/// ```compile_fail,E0382
+/// fn settle(delivery: pubsub_core::Delivery) {
+///     delivery.done();
+///     delivery.retry();
+/// }
+/// ```
 #[must_use = "a delivery dropped unsettled is retried"]
 pub struct Delivery {
     event: Arc<Event>,

@@ -18,9 +18,11 @@ thread_local! {
     static DEPTH: Cell<usize> = const { Cell::new(0) };
 }
 
+type Handle = dyn Fn(&Arc<Event>) + Send + Sync;
+
 pub(crate) struct Inline {
     instance: InstanceId,
-    handler: Box<dyn Fn(&Arc<Event>) + Send + Sync>,
+    handler: Box<Handle>,
     ended: AtomicBool,
 }
 

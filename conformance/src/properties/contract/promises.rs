@@ -134,10 +134,10 @@ async fn rolling_restarts(ctx: &Ctx) -> Verdict {
         workers.push(Worker::start(ctx, &topic, &options, &seen, &done).await?);
     }
     for _ in 0..10 {
-        for place in 0..workers.len() {
+        for worker in &mut workers {
             sent.extend(ctx.publish(&bus, &topic, 8).await?);
             let successor = Worker::start(ctx, &topic, &options, &seen, &done).await?;
-            std::mem::replace(&mut workers[place], successor).stop(ctx).await?;
+            std::mem::replace(worker, successor).stop(ctx).await?;
         }
     }
     ctx.eventually("everything is handled", || done.distinct() == sent.len()).await?;
@@ -164,7 +164,7 @@ async fn full(ctx: Ctx) -> Verdict {
         let mut taken = Vec::new();
         loop {
             let (event, before) = (ctx.event(), Instant::now());
-            let published = ctx.within("publish", bus.publish_with(&topic, &[event.clone()], hasty(&ctx))).await?;
+            let published = ctx.within("publish", bus.publish_with(&topic, std::slice::from_ref(&event), hasty(&ctx))).await?;
             let Err(refused) = published else {
                 taken.push(event);
                 ensure!(taken.len() <= 8, "{} events taken into a queue of 8", taken.len());
@@ -306,12 +306,12 @@ impl Drop for Told {
 async fn told(ctx: Ctx) -> Verdict {
     let options = ctx.member(&ctx.group("g"));
     // Read as a stream: the holder can wait for it.
-    let Overdue { bus, topic, mut lost, mut finder, found } = overdue(&ctx, options.clone(), 2).await?;
+    let Overdue { bus, topic, lost, mut finder, found } = overdue(&ctx, options.clone(), 2).await?;
     for delivery in &lost {
         ctx.within("the loss of a delivery to be told", delivery.revoked()).await?;
     }
-    for receipt in lost.drain(..).map(|delivery| delivery.retry()).collect::<Vec<_>>() {
-        ctx.refused(receipt).await?;
+    for delivery in lost {
+        ctx.refused(delivery.retry()).await?;
     }
     for delivery in found {
         ensure_eq!(delivery.attempt(), 2, "attempt");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pubsub_core::{AckMode, Filter, Group, Settled, Topic};
+use pubsub_core::{AckMode, Delivery, Filter, Group, Settled, Topic};
 
 use super::{GROUPS, both, by_hand};
 use crate::oracle::{Recorder, delivered, exactly_once, ids};
@@ -270,7 +270,7 @@ async fn settled_by_hand_over(ctx: Ctx) -> Verdict {
     let sent = ctx.publish(&bus, &topic, 4).await?;
     let deliveries = ctx.collect(&mut subscription, 4).await?;
     exactly(&sent, &deliveries)?;
-    ensure!(deliveries.iter().all(|delivery| delivery.is_settled()), "not settled: {deliveries:?}");
+    ensure!(deliveries.iter().all(Delivery::is_settled), "not settled: {deliveries:?}");
     ensure_eq!(subscription.status().held, 0, "held");
     let answers = deliveries.into_iter().enumerate().map(|(place, delivery)| match place {
         0 => (Settled::TooLate, delivery.retry()),
@@ -290,7 +290,7 @@ async fn automatic(ctx: Ctx) -> Verdict {
     let sent = ctx.publish(&bus, &topic, 4).await?;
     let deliveries = ctx.collect(&mut member, 4).await?;
     exactly(&sent, &deliveries)?;
-    ensure!(deliveries.iter().all(|delivery| delivery.is_settled()), "not settled: {deliveries:?}");
+    ensure!(deliveries.iter().all(Delivery::is_settled), "not settled: {deliveries:?}");
     drop(deliveries);
     ctx.nothing_more(&bus, &topic, [&mut member]).await?;
 
