@@ -13,7 +13,7 @@ use futures::TryStreamExt;
 use futures::future::{BoxFuture, FutureExt, join_all};
 use parking_lot::Mutex;
 use pubsub_connect::{BusUrl, Registry};
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, Entry, Timer, Wakers};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
 use pubsub_core::{
     Bus, Capabilities, Capability, Closed, Error, ErrorKind, Event, GroupStatus, LeaseProvider, Page, Positions, PubSub,
     PublishError, PublishOptions, Result, Start, Status, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus,
@@ -43,16 +43,16 @@ struct Hub(Mutex<HashMap<Topic, Vec<Arc<DeliveryQueue>>>>);
 impl Hub {
     /// Gives an event to every queue of a topic, or to none and returns one that is full.
     fn offer(&self, topic: &Topic, event: &Arc<Event>) -> Option<Arc<DeliveryQueue>> {
-        let mut wakers = Wakers::new();
+        let mut aftermath = Aftermath::new();
         {
             let topics = self.0.lock();
             let queues = topics.get(topic).map_or(&[][..], Vec::as_slice);
             if let Some(full) = queues.iter().find(|queue| queue.room() == 0 && !queue.is_ended()) {
                 return Some(full.clone());
             }
-            queues.iter().for_each(|queue| queue.push([Entry::new(event.clone())], &mut wakers));
+            queues.iter().for_each(|queue| queue.push([Entry::new(event.clone())], &mut aftermath));
         }
-        wakers.into_iter().for_each(std::task::Waker::wake); // not under the lock: it is somebody else's code
+        aftermath.finish(); // not under the lock: it is somebody else's code
         None
     }
 

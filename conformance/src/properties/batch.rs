@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, poll};
 use parking_lot::Mutex;
 use pubsub_core::{
-    Batch, BatchOverflow, BatchPolicy, Bus, Capability, Event, EventId, Failure, KeepSet, Message, Subscription,
+    Batch, BatchOverflow, BatchPolicy, Bus, Capability, Delivery, Event, EventId, Failure, KeepSet, Message, Subscription,
     SubscriptionHandle, Topic,
 };
 use tokio::sync::mpsc;
@@ -325,7 +325,7 @@ async fn draining(ctx: Ctx) -> Verdict {
     ensure!(poll!(drained.as_mut()).is_pending(), "drained with three deliveries in a partial batch");
     let mut batch = reader.next(&ctx).await?.into_deliveries();
     exactly(&sent, &batch)?;
-    drop(batch.pop().map(|delivery| delivery.done()));
+    drop(batch.pop().map(Delivery::done));
     ensure!(poll!(drained.as_mut()).is_pending(), "drained with two deliveries in hand");
     batch.into_iter().for_each(|delivery| drop(delivery.done()));
     ctx.within("drained", drained).await
@@ -620,7 +620,7 @@ async fn split(ctx: Ctx) -> Verdict {
     let deliveries = ctx.collect(&mut member, MANY).await?;
     ctx.join("the publish call", publishing).await??;
     exactly(&sent, &deliveries)?;
-    let receipts: Vec<_> = deliveries.into_iter().map(|delivery| delivery.done()).collect();
+    let receipts: Vec<_> = deliveries.into_iter().map(Delivery::done).collect();
     for settled in ctx.within("all receipts", futures::future::join_all(receipts)).await? {
         ensure!(ctx.is_done(settled), "settled: {settled:?}");
     }

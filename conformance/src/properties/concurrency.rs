@@ -178,11 +178,24 @@ async fn stop_twice(ctx: Ctx) -> Verdict {
 async fn abandoned_resources(ctx: Ctx) -> Verdict {
     let (bus, topic) = (ctx.bus().await?, ctx.topic("abandoned"));
     let probe = ctx.harness().probe().ok_or_else(|| Mismatch::new("no probe"))?;
-    drop(ctx.subscribe(&bus, &topic, ctx.fan_out()).await?);
-    let before = ctx.within("resources", probe.resources()).await??;
-    for polls in 0..50 {
-        drop(poll_times(polls % 10, bus.subscribe_with(&topic, ctx.fan_out())).await);
+    let mut kinds = vec![ctx.fan_out()];
+    if ctx.capabilities().supports(Capability::Groups) {
+        kinds.push(ctx.member(&ctx.group("g")));
     }
+    // What lasts, as a durable group does, is there before.
+    for options in &kinds {
+        ctx.within("unsubscribe", ctx.subscribe(&bus, &topic, options.clone()).await?.unsubscribe()).await?;
+    }
+    ctx.within("flush", bus.flush()).await??;
+    let before = ctx.within("resources", probe.resources()).await??;
+    for (polls, options) in (0..10).cycle().zip(kinds.iter().cycle()).take(60) {
+        drop(poll_times(polls, bus.subscribe_with(&topic, options.clone())).await);
+    }
+    // Calls that come later are answered later: what was abandoned has had its effect by now.
+    for options in &kinds {
+        ctx.within("unsubscribe", ctx.subscribe(&bus, &topic, options.clone()).await?.unsubscribe()).await?;
+    }
+    ctx.within("flush", bus.flush()).await??;
     ctx.eventually_async("what was abandoned is freed", || async { Ok(probe.resources().await? == before) }).await
 }
 

@@ -74,7 +74,7 @@ async fn start(ctx: &Ctx) -> Verdict<(Leases, String, Duration)> {
 
 /// The time to live of a lease that a guard has to keep: a busy machine must not exceed a tenth of it unawares.
 fn short(ctx: &Ctx) -> Duration {
-    6 * ctx.timing().hold
+    20 * ctx.timing().hold
 }
 
 /// Takes a lease that is free, or this owner's already.
@@ -575,7 +575,7 @@ async fn guards(ctx: Ctx) -> Verdict {
     let asked = Instant::now();
     let guard = guard(&ctx, watched.clone(), &key, ttl).await?;
     // Somebody else tries all the while.
-    while asked.elapsed() < 2 * ttl {
+    while asked.elapsed() < ttl + ttl / 4 {
         match ctx.within("acquire", leases.acquire(&key, "other", long)).await?? {
             Acquired::HeldBy(by) => ensure_eq!((&*by.owner, by.token), ("guarded", guard.token()), "the holder"),
             Acquired::Yes(_) => return Err(Mismatch::new(format!("lost after {:?} of {ttl:?}", asked.elapsed()))),

@@ -300,6 +300,9 @@ async fn caller_set(ctx: Ctx) -> Verdict {
         ensure_eq!(*delivery.event().id(), id, "id");
         ensure_eq!(delivery.event().created_at(), time, "time");
         ensure!(delivery.event().index() != place, "the caller's index was believed");
+        if !ctx.capabilities().supports(Capability::Index) {
+            ensure_eq!(delivery.event().index(), None, "an index where there are none");
+        }
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Clearing and trimming topics.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pubsub_core::{Bus, Capability, Event, LossNotice, Message, Start, Topic, TrimFilter};
 use serde_json::{Value, json};
@@ -44,7 +45,8 @@ pub(crate) fn properties() -> Vec<Property> {
             "concerns an option of the backends that have it; their tests hold it",
         ),
         property("CT-08", "What a topic retains is bounded, and the bound breaks no live subscription", &["R5"], bounded)
-            .needs([HISTORY]),
+            .needs([HISTORY])
+            .limit(Duration::from_secs(120)),
         property("CT-09", "A trim removes one run's events, and of those what is old and not pinned", &["R4"], trims)
             .needs([HISTORY]),
         property("CT-10", "What is trimmed while a member holds it does not come round and round", &["R4"], trimmed_while_held)

@@ -1,6 +1,7 @@
 //! Buses that drain, close, heal and lease wrongly, and inline subscriptions that are not.
 
 use std::any::Any;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,11 +14,11 @@ use pubsub_core::{
 };
 use tokio::sync::watch;
 
-use crate::publishing::FOREVER;
+use crate::publishing::{FOREVER, discard};
 use crate::wrapper::{Honest, Parcel, Sabotage, View};
 use crate::{Base, Saboteur, saboteur};
 
-pub fn saboteurs() -> Vec<Saboteur> {
+pub(crate) fn saboteurs() -> Vec<Saboteur> {
     vec![
         saboteur::<SettlesLate>("flushes although settlements are on their way", &["C1"], &["CL-07"]),
         saboteur::<AlwaysDrained>("is drained while something is in hand", &["C1"], &["CL-08", "BA-07"]),
@@ -39,10 +40,11 @@ pub fn saboteurs() -> Vec<Saboteur> {
             .over(Base::SlowRemote),
         saboteur::<Steals>("gives a lease to whoever asks", &["L1"], &["LE-02", "LE-08"]),
         saboteur::<AnyoneReleases>("lets anyone release a lease", &["L1"], &["LE-05"]),
-        saboteur::<AnyoneRenews>("renews leases that have ended or are another's", &["L1", "L3"], &["LE-06"]),
+        saboteur::<AnyoneRenews>("renews leases that have ended or are another's", &["L1", "L3"], &["LE-06", "LE-21"]),
         saboteur::<TransferGap>("frees a lease while it is transferred", &["L1"], &["LE-09"]),
         saboteur::<NoFence>("gives every owner the same token", &["L2"], &["AD-08"]),
-        saboteur::<HidesLeases>("hides the leases it has", &["L4", "K1"], &["META-1", "LE-01"]),
+        saboteur::<HidesLeases>("hides the leases it has", &["K1"], &["META-1", "LE-01"]),
+        saboteur::<LendsLeases>("makes up leases it does not have", &["L4"], &["LE-18"]).over(Base::SlowRemote),
         saboteur::<LaterInline>("calls inline handlers in a task of their own", &["I1"], &["IL-01"]),
         saboteur::<FragileInline>("stops at an inline handler that panics", &["I1"], &["IL-02"]),
         saboteur::<ForEverInline>("calls inline handlers after they were dropped", &["I1"], &["IL-04"]),
@@ -185,9 +187,9 @@ impl Sabotage for TaskPerSubscription {
     }
 }
 
-/// Publishes events one by one, with time in between to be dropped in.
+/// Publishes to every other subscription first, and to the rest after some time to be dropped in.
 #[derive(Default)]
-struct HalfPublished;
+struct HalfPublished(Mutex<HashSet<String>>);
 
 #[async_trait]
 impl Sabotage for HalfPublished {
@@ -198,11 +200,17 @@ impl Sabotage for HalfPublished {
         events: &[Arc<Event>],
         options: PublishOptions,
     ) -> Result<Positions, PublishError> {
-        for event in events {
-            honest.publish(topic, std::slice::from_ref(event), options.clone()).await?;
-            tokio::task::yield_now().await;
-        }
-        Ok(Positions::none())
+        let ids: Vec<_> = events.iter().map(|event| event.id().to_string()).collect();
+        self.0.lock().extend(ids.iter().cloned());
+        let published = honest.publish(topic, events, options).await;
+        tokio::task::yield_now().await;
+        self.0.lock().retain(|id| !ids.contains(id));
+        published
+    }
+
+    fn deliver(&self, view: &View, parcel: Parcel) -> Vec<Parcel> {
+        let half = self.0.lock().contains(&parcel.event.id().to_string());
+        if half && view.number.is_multiple_of(2) { discard(parcel) } else { vec![parcel] }
     }
 }
 
@@ -265,7 +273,8 @@ macro_rules! wrong_leases {
 
         impl Sabotage for $saboteur {
             fn leases(&self, honest: &Honest) -> Option<Arc<dyn LeaseProvider>> {
-                honest.leases().map(|leases| Arc::new(Wrong { leases, how: How::$leases }) as Arc<dyn LeaseProvider>)
+                let wrong = |leases| Wrong { leases, how: How::$leases, granted: Mutex::default() };
+                honest.leases().map(|leases| Arc::new(wrong(leases)) as Arc<dyn LeaseProvider>)
             }
         }
     };
@@ -290,6 +299,8 @@ enum How {
 struct Wrong {
     leases: Arc<dyn LeaseProvider>,
     how: How,
+    /// The last token of each key and owner.
+    granted: Mutex<HashMap<(String, String), u64>>,
 }
 
 impl Wrong {
@@ -319,14 +330,22 @@ impl LeaseProvider for Wrong {
             self.force_free(key).await?;
         }
         Ok(match self.leases.acquire(key, owner, ttl).await? {
-            Acquired::Yes(lease) => Acquired::Yes(self.token(lease)),
+            Acquired::Yes(lease) => {
+                self.granted.lock().insert((key.to_owned(), owner.to_owned()), lease.token);
+                Acquired::Yes(self.token(lease))
+            }
             Acquired::HeldBy(lease) => Acquired::HeldBy(self.token(lease)),
         })
     }
 
     async fn renew(&self, key: &str, owner: &str, ttl: Duration) -> Result<Option<Lease>> {
         let renewed = self.leases.renew(key, owner, ttl).await?;
-        let claimed = (self.how == How::AnyoneRenews).then(|| Lease::new(owner, 1, ttl));
+        let mut granted = self.granted.lock();
+        if let Some(lease) = &renewed {
+            granted.insert((key.to_owned(), owner.to_owned()), lease.token);
+        }
+        let token = granted.get(&(key.to_owned(), owner.to_owned())).copied().unwrap_or(1);
+        let claimed = (self.how == How::AnyoneRenews).then(|| Lease::new(owner, token, ttl));
         Ok(renewed.or(claimed).map(|lease| self.token(lease)))
     }
 
@@ -340,7 +359,7 @@ impl LeaseProvider for Wrong {
 
     async fn transfer(&self, key: &str, from: &str, to: &str, ttl: Duration) -> Result<Option<Lease>> {
         if self.how == How::TransferGap && self.leases.release(key, from).await? {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
             return Ok(match self.leases.acquire(key, to, ttl).await? {
                 Acquired::Yes(lease) => Some(lease),
                 Acquired::HeldBy(_) => None,
@@ -360,6 +379,15 @@ struct HidesLeases;
 impl Sabotage for HidesLeases {
     fn leases(&self, _: &Honest) -> Option<Arc<dyn LeaseProvider>> {
         None
+    }
+}
+
+#[derive(Default)]
+struct LendsLeases;
+
+impl Sabotage for LendsLeases {
+    fn leases(&self, _: &Honest) -> Option<Arc<dyn LeaseProvider>> {
+        pubsub_core::PubSub::leases(&pubsub_emitter::EventEmitterPubSub::new())
     }
 }
 
@@ -404,6 +432,3 @@ impl Sabotage for ForEverInline {
         Ok(Box::new(()))
     }
 }
-
-#[allow(unused)]
-fn unused(_: Parcel) {}

@@ -24,7 +24,7 @@ use crate::wrapper::{Harmless, Sabotage, SabotagedHarness};
 const AT_A_TIME: usize = 8;
 
 /// One way for a bus to be wrong.
-pub struct Saboteur {
+pub(crate) struct Saboteur {
     /// What it does.
     what: &'static str,
     /// The clauses it breaks.
@@ -37,7 +37,7 @@ pub struct Saboteur {
 
 /// The bus that a saboteur wraps.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Base {
+pub(crate) enum Base {
     Memory,
     MemoryStrict,
     SlowRemote,

@@ -1,6 +1,6 @@
 //! Buses that settle wrongly.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,24 +12,26 @@ use pubsub_core::{
     Subscription, SubscriptionStatus, Topic,
 };
 
-use crate::publishing::{FOREVER, changed, discard};
+use crate::publishing::{FOREVER, discard};
 use crate::wrapper::{Honest, Parcel, Sabotage, View};
 use crate::{Base, Saboteur, saboteur};
 
-pub fn saboteurs() -> Vec<Saboteur> {
+pub(crate) fn saboteurs() -> Vec<Saboteur> {
     vec![
         saboteur::<ByHand>("leaves a stream of fan-out unsettled at hand-over", &["S1"], &["AK-42"]),
         saboteur::<AtHandOver>("settles a group's deliveries at hand-over", &["S1", "S2"], &["AK-05", "AK-20", "AK-01"]),
         saboteur::<DropIsDone>("takes what is dropped unsettled for done", &["S2"], &["AK-20"]),
-        saboteur::<EatsOne>("takes one ahead and loses it when its stream is dropped", &["S2", "C4"], &["CC-04", "GR-09"]),
-        saboteur::<LeavesForGood>("takes what its members held with them when they leave", &["S2"], &["AK-17", "GR-09"]),
+        saboteur::<EatsOne>("loses what it takes while it is stopped", &["S2", "C4"], &["CC-04"]),
+        saboteur::<LeavesForGood>("takes what its members held with them when they leave", &["S2"], &["GR-09"]),
+        saboteur::<LeavesForGood>("keeps nothing for a durable group that its last member held", &["S2"], &["GR-12"])
+            .over(Base::SlowRemote),
         saboteur::<ReleaseCounts>("counts a release as an attempt", &["S2"], &["AD-01"]),
         saboteur::<ForgetsAttempts>("forgets attempts", &["S3"], &["AK-01", "AK-02"]),
         saboteur::<SkipsAttempts>("counts each retry twice", &["S3"], &["AK-01", "AK-02"]),
         saboteur::<StartsAtZero>("begins to count at 2", &["S3"], &["PS-09"]),
         saboteur::<RetriesToAll>("retries to everybody, as a new event", &["S3"], &["AK-19", "GR-16"]),
         saboteur::<RetriesToAll>("stores a retry once more", &["S3"], &["AK-34"]).over(Base::SlowRemote),
-        saboteur::<NeverRetries>("never retries", &["S3"], &["AK-01", "GR-19", "BA-08"]),
+        saboteur::<NeverRetries>("never retries", &["S3"], &["AK-01", "BA-08"]),
         saboteur::<BlocksOnRetry>("holds everything back while a retry waits", &["S3"], &["AK-16"]),
         saboteur::<ForgetsTheRest>("forgets metadata on a retry", &["S3"], &["AD-11"]),
         saboteur::<AtOnce>("retries without back-off", &["S4"], &["AK-39"]),
@@ -82,21 +84,25 @@ impl Sabotage for DropIsDone {
     }
 }
 
-/// Hands each delivery over when the next has come, or nobody waits for it any more.
+/// Takes one more after it was stopped, which nobody gets to see.
 #[derive(Default)]
-struct EatsOne(Mutex<HashMap<u64, Parcel>>);
+struct EatsOne(Mutex<HashSet<u64>>);
 
 impl Sabotage for EatsOne {
-    fn deliver(&self, view: &View, parcel: Parcel) -> Vec<Parcel> {
-        // One is kept from a subscription that has others to hand over.
+    fn stop(&self, view: &View) {
         if view.handle.status().queued == 0 {
-            return self.0.lock().remove(&view.number).into_iter().chain([parcel]).collect();
+            view.handle.stop();
+        } else {
+            self.0.lock().insert(view.number);
         }
-        self.0.lock().insert(view.number, parcel).into_iter().collect()
     }
 
-    fn dropped(&self, view: &View, _: Vec<Parcel>) {
-        self.0.lock().remove(&view.number).map(discard);
+    fn deliver(&self, view: &View, parcel: Parcel) -> Vec<Parcel> {
+        if self.0.lock().remove(&view.number) {
+            view.handle.stop();
+            return discard(parcel);
+        }
+        vec![parcel]
     }
 }
 
@@ -429,9 +435,4 @@ impl Sabotage for Reorders {
             None => vec![parcel],
         }
     }
-}
-
-#[allow(unused)]
-fn unused(event: &Arc<Event>) -> Arc<Event> {
-    changed(event, |event| event)
 }

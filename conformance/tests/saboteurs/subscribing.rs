@@ -15,9 +15,9 @@ use tokio::sync::Notify;
 
 use crate::publishing::{FOREVER, discard};
 use crate::wrapper::{Honest, Parcel, Sabotage, View};
-use crate::{Saboteur, saboteur};
+use crate::{Base, Saboteur, saboteur};
 
-pub fn saboteurs() -> Vec<Saboteur> {
+pub(crate) fn saboteurs() -> Vec<Saboteur> {
     vec![
         saboteur::<LateStart>("says that a subscription is attached a little too early", &["B1"], &["PS-16"]),
         saboteur::<LateStart>("attaches members a little after it said so", &["B1"], &["CC-14"]),
@@ -27,7 +27,7 @@ pub fn saboteurs() -> Vec<Saboteur> {
         saboteur::<OneGroup>("feeds all groups of a topic as if they were one", &["B2"], &["GR-04", "GR-15"]),
         saboteur::<NoGroup>("gives each event to every member of a group", &["P1", "B2"], &["GR-01", "GR-06", "CC-18"]),
         saboteur::<GroupPerInstance>("has a group per instance", &["B2"], &["GR-06"]),
-        saboteur::<StopsAll>("stops all subscriptions of a topic with one", &["B2"], &["CC-15", "PS-20"]),
+        saboteur::<StopsAll>("stops all subscriptions of a topic with one", &["B2"], &["CC-15"]),
         saboteur::<NeverStops>("delivers after unsubscribing", &["B2"], &["CC-01", "GR-10"]),
         saboteur::<OneForAll>("lets a stuck consumer hold up the publishers", &["B2", "B5"], &["PS-22"]),
         saboteur::<RoundRobin>("assigns events to members before they ask", &["B2", "S2"], &["GR-02"]),
@@ -36,7 +36,8 @@ pub fn saboteurs() -> Vec<Saboteur> {
         saboteur::<WaitsForEver>("waits for ever at a full queue", &["B5"], &["AD-02"]),
         saboteur::<LosesWhenFull>("loses the oldest at a full queue although nobody asked for that", &["B5"], &["AD-02"]),
         saboteur::<ManyInFlight>("ignores `max_in_flight`", &["B5"], &["AK-38"]),
-        saboteur::<LosesUnsaid>("does not tell what was lost at a full queue", &["B5"], &["LI-12"]),
+        saboteur::<LosesUnsaid>("does not tell what was lost at a full queue", &["B5"], &["AD-22"]),
+        saboteur::<LosesUnsaid>("does not tell a group what is no longer retained", &["R5"], &["CT-08"]).over(Base::SlowRemote),
         saboteur::<WaitsForHandlers>("lets publishers wait until handlers are done", &["B6"], &["PS-24"]),
         saboteur::<Unfiltered>("ignores filters", &["B7"], &["AK-31"]),
         saboteur::<RetriesFiltered>("retries what a filter rejects", &["B7"], &["AK-31"]),
@@ -173,7 +174,7 @@ impl Sabotage for StopsAll {
         Ok(subscription)
     }
 
-    fn stop(&self, _: &SubscriptionHandle) {
+    fn stop(&self, _: &View) {
         let all = self.0.lock().clone();
         all.iter().for_each(SubscriptionHandle::stop);
     }
@@ -183,7 +184,7 @@ impl Sabotage for StopsAll {
 struct NeverStops;
 
 impl Sabotage for NeverStops {
-    fn stop(&self, _: &SubscriptionHandle) {}
+    fn stop(&self, _: &View) {}
 }
 
 #[derive(Default)]

@@ -21,12 +21,12 @@ use pubsub_core::{
 };
 
 /// The bus below, which is right.
-pub type Honest = Arc<dyn PubSub>;
+pub(crate) type Honest = Arc<dyn PubSub>;
 
 /// What a saboteur can get its hands on. Each hook does what is right unless it is overridden. One saboteur serves all instances
 /// of one bus.
 #[async_trait]
-pub trait Sabotage: Send + Sync + 'static {
+pub(crate) trait Sabotage: Send + Sync + 'static {
     /// What the harness says the bus can do.
     fn declared(&self, honest: Capabilities) -> Capabilities {
         honest
@@ -76,8 +76,8 @@ pub trait Sabotage: Send + Sync + 'static {
         delivery.extend()
     }
 
-    fn stop(&self, honest: &SubscriptionHandle) {
-        honest.stop();
+    fn stop(&self, view: &View) {
+        view.handle.stop();
     }
 
     async fn drained(&self, honest: &SubscriptionHandle) {
@@ -87,9 +87,6 @@ pub trait Sabotage: Send + Sync + 'static {
     fn subscription_status(&self, honest: SubscriptionStatus) -> SubscriptionStatus {
         honest
     }
-
-    /// The stream above is dropped, with what it had not handed over.
-    fn dropped(&self, _view: &View, _left: Vec<Parcel>) {}
 
     async fn history(&self, honest: &Honest, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         honest.history(topic, from, limit).await
@@ -136,18 +133,18 @@ pub trait Sabotage: Send + Sync + 'static {
 }
 
 /// Does no harm: proof that the wrapper by itself changes nothing.
-pub struct Harmless;
+pub(crate) struct Harmless;
 
 impl Sabotage for Harmless {}
 
 /// A delivery on its way up.
-pub struct Parcel {
-    pub event: Arc<Event>,
-    pub attempt: u32,
-    pub lagged: u64,
-    pub cursor: Option<Cursor>,
+pub(crate) struct Parcel {
+    pub(crate) event: Arc<Event>,
+    pub(crate) attempt: u32,
+    pub(crate) lagged: u64,
+    pub(crate) cursor: Option<Cursor>,
     /// The delivery itself; a copy has none.
-    pub delivery: Option<Delivery>,
+    pub(crate) delivery: Option<Delivery>,
 }
 
 impl Parcel {
@@ -157,7 +154,7 @@ impl Parcel {
     }
 
     /// The same once more, without anything to be settled.
-    pub fn copy(&self) -> Self {
+    pub(crate) fn copy(&self) -> Self {
         let Self { event, attempt, lagged, cursor, .. } = self;
         Self { event: event.clone(), attempt: *attempt, lagged: *lagged, cursor: cursor.clone(), delivery: None }
     }
@@ -166,24 +163,24 @@ impl Parcel {
 static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
 /// One subscription, seen from within the wrapper.
-pub struct View {
-    pub topic: Topic,
-    pub options: SubscribeOptions,
+pub(crate) struct View {
+    pub(crate) topic: Topic,
+    pub(crate) options: SubscribeOptions,
     /// What it was subscribed with below.
-    pub below: SubscribeOptions,
+    pub(crate) below: SubscribeOptions,
     /// One that no other subscription has.
-    pub number: u64,
+    pub(crate) number: u64,
     /// When it was made.
-    pub since: Timestamp,
+    pub(crate) since: Timestamp,
     honest: Weak<dyn PubSub>,
-    pub handle: SubscriptionHandle,
+    pub(crate) handle: SubscriptionHandle,
     sabotage: Arc<dyn Sabotage>,
     held: Mutex<InFlight<Option<Delivery>>>,
 }
 
 impl View {
     /// The bus below, while anybody holds it.
-    pub fn honest(&self) -> Option<Honest> {
+    pub(crate) fn honest(&self) -> Option<Honest> {
         self.honest.upgrade()
     }
 
@@ -236,7 +233,7 @@ impl Settler for View {
 #[async_trait]
 impl Control for View {
     fn stop(&self) {
-        self.sabotage.stop(&self.handle);
+        self.sabotage.stop(self);
     }
 
     async fn stopped(&self) {
@@ -273,16 +270,9 @@ impl Source for ViewSource {
             }
             match std::task::ready!(self.inner.poll_next_unpin(cx)) {
                 Some(Ok(delivery)) => self.ready.extend(self.view.sabotage.deliver(&self.view, Parcel::of(delivery))),
-                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
-                None => return Poll::Ready(None),
+                last => return Poll::Ready(last),
             }
         }
-    }
-}
-
-impl Drop for ViewSource {
-    fn drop(&mut self) {
-        self.view.sabotage.dropped(&self.view, self.ready.drain(..).collect());
     }
 }
 
@@ -369,14 +359,14 @@ impl fmt::Debug for Sabotaged {
 }
 
 /// A harness over buses with one saboteur each.
-pub struct SabotagedHarness {
+pub(crate) struct SabotagedHarness {
     base: Arc<dyn Harness>,
     make: fn() -> Arc<dyn Sabotage>,
     sabotage: Arc<dyn Sabotage>,
 }
 
 impl SabotagedHarness {
-    pub fn new(base: Arc<dyn Harness>, make: fn() -> Arc<dyn Sabotage>) -> Self {
+    pub(crate) fn new(base: Arc<dyn Harness>, make: fn() -> Arc<dyn Sabotage>) -> Self {
         Self { base, make, sabotage: make() }
     }
 }
@@ -457,11 +447,11 @@ impl Inline for SabotagedHarness {
 
 /// Counts by key, shared by all instances of a bus.
 #[derive(Default)]
-pub struct Counter(Mutex<BTreeMap<String, u64>>);
+pub(crate) struct Counter(Mutex<BTreeMap<String, u64>>);
 
 impl Counter {
     /// One more; 1 is the first.
-    pub fn next(&self, key: impl fmt::Display) -> u64 {
+    pub(crate) fn next(&self, key: impl fmt::Display) -> u64 {
         let mut counts = self.0.lock();
         let count = counts.entry(key.to_string()).or_default();
         *count += 1;

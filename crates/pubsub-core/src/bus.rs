@@ -4,6 +4,7 @@ use std::future::Future;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures::future::Either;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -237,21 +238,30 @@ impl Bus {
             handle.drained().await;
             handle.stop();
         };
-        let (report, ()) = futures::join!(subscription.run(1, handler), end_when_drained);
-        report
+        // It may end before it is drained: the bus was closed, and letters are kept all the same.
+        let run = std::pin::pin!(subscription.run(1, handler));
+        match futures::future::select(run, std::pin::pin!(end_when_drained)).await {
+            Either::Left((report, _)) => report,
+            Either::Right(((), run)) => run.await,
+        }
     }
 
     /// Redrives dead letters to a topic, as new events with the data, type, run and metadata of those that were given up. The
     /// metadata `redriven.event` names the id of the event that was given up.
     ///
     /// # Errors
-    /// As [`redrive`](Self::redrive). A letter that cannot be published stays and is tried again.
+    /// As [`redrive`](Self::redrive), and `InvalidOption` if `target` is the dead-letter topic itself. A letter that cannot be
+    /// published stays and is tried again.
     pub async fn redrive_to<T, U>(&self, dead_letters: T, target: U) -> Result<RunReport>
     where
         T: TryInto<Topic, Error: Into<Error>>,
         U: TryInto<Topic, Error: Into<Error>>,
     {
-        let target = &topic(target)?;
+        let (dead_letters, target) = (topic(dead_letters)?, &topic(target)?);
+        if dead_letters == *target {
+            let why = "names the dead-letter topic itself: letters would come round again";
+            return Err(Error::invalid_option("target", why).during("redrive").on(target));
+        }
         self.redrive(dead_letters, async |letter| {
             self.publish(target, redriven(letter.event())).await?;
             Ok(())

@@ -217,6 +217,7 @@ impl Drop for LeaseGuard {
 
 /// Until when a lease that was asked for then is certainly held. A tenth is kept back for a clock and a scheduler that lag.
 fn certain(asked: Instant, ttl: Duration) -> Instant {
+    let ttl = ttl.min(MAX_DURATION); // what no provider takes must not overflow the clock
     asked + ttl - ttl / 10
 }
 

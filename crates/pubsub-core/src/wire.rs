@@ -60,6 +60,10 @@ fn write<S: Serializer>(event: &Event, data: &RawValue, serializer: S) -> Result
         map.serialize_entry("metadata", event.metadata())?;
     }
     for (key, value) in event.foreign().into_iter().flatten() {
+        // Somebody else's `metadata` gives way to the event's own, as when it becomes a dead letter: a key twice reads back as none.
+        if key == "metadata" && !event.metadata().is_empty() {
+            continue;
+        }
         map.serialize_entry(key, value)?;
     }
     map.end()

@@ -318,9 +318,11 @@ async fn a_member_that_leaves_while_it_was_woken_strands_nothing() {
     let mut staying = join(&queue, HERE, member());
     let waiting = tokio::spawn(async move { number(&next(&mut staying).await) });
     tokio::time::sleep(millis(1)).await;
+    let pushed = Instant::now();
     push(&queue, [5]);
     drop(leaving);
     assert_eq!(soon(waiting).await.unwrap(), 5);
+    assert_eq!(pushed.elapsed(), Duration::ZERO, "without waiting for it to ask");
 }
 
 #[tokio::test(start_paused = true)]

@@ -42,9 +42,25 @@ struct Instance {
 #[derive(Default)]
 struct Attached {
     subscriptions: HashMap<u64, (Arc<DeliveryQueue>, SubscriptionHandle)>,
+    /// Queues of subscriptions that have ended while their consumers held something.
+    held_on: Vec<Weak<DeliveryQueue>>,
     inline: Vec<Weak<Inline>>,
     /// Set once by the first `close`; says what it left when it has ended.
     closing: Option<watch::Receiver<Option<Closed>>>,
+}
+
+impl Instance {
+    /// A subscription has ended.
+    fn forget(&self, number: u64) {
+        let mut attached = self.attached.lock();
+        let Some((queue, handle)) = attached.subscriptions.remove(&number) else { return };
+        if queue.burden(self.id).0 > 0 {
+            attached.held_on.retain(|queue| queue.strong_count() > 0);
+            attached.held_on.push(Arc::downgrade(&queue));
+        }
+        drop(attached);
+        drop(handle);
+    }
 }
 
 impl Default for EventEmitterPubSub {
@@ -168,13 +184,15 @@ impl EventEmitterPubSub {
             now == events.len()
         };
         let timer = self.0.hub.timer().map_err(|error| PublishError::none_sent(error, events.len()))?;
-        let waiting = std::pin::pin!(topic.wait_for_room(timer.runtime(), deadline, offer));
+        let runtime = timer.runtime();
+        let waiting = std::pin::pin!(topic.wait_for_room(&runtime, deadline, only, offer));
         let closing = std::pin::pin!(closed.wait_for(|closed| *closed));
         let error = match futures::future::select(waiting, closing).await {
             futures::future::Either::Left((true, _)) => return Ok(Positions::none()),
             futures::future::Either::Left((false, _)) => ErrorKind::Full,
             futures::future::Either::Right(_) => ErrorKind::Closed,
         };
+        let error = Error::new(error).during("publish").on(topic.topic());
         Err(PublishError::prefix_sent(error, taken.load(Ordering::Relaxed), events.len()))
     }
 }
@@ -238,7 +256,7 @@ impl PubSub for EventEmitterPubSub {
         // Kept here as well: what it owns tidies up when dropped, which must not happen under the hub's lock.
         let on_end: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
             if let Some(instance) = instance.upgrade() {
-                instance.attached.lock().subscriptions.remove(&number);
+                instance.forget(number);
             }
             end_hub.tidy(&end_topic);
             naming.lock().take();
@@ -283,7 +301,10 @@ impl PubSub for EventEmitterPubSub {
 
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
         self.check_open("trim_topic", topic)?;
-        Ok(self.0.hub.topic(topic).map_or(0, |state| state.trim(&filter)))
+        let Some(state) = self.0.hub.topic(topic) else { return Ok(0) };
+        let trimmed = state.trim(&filter);
+        self.0.hub.tidy(topic);
+        Ok(trimmed)
     }
 
     async fn inspect(&self, topic: &Topic) -> Result<TopicStatus> {
@@ -317,14 +338,15 @@ impl PubSub for EventEmitterPubSub {
                     self.0.closed.send_replace(true);
                     self.0.status.send_replace(Status::Closed);
                     let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
+                    let held_on: Vec<_> = attached.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
                     attached.inline.drain(..).filter_map(|inline| inline.upgrade()).for_each(|inline| inline.end());
                     drop(attached);
                     let id = self.0.id;
-                    if subscriptions.is_empty() {
+                    if subscriptions.is_empty() && held_on.is_empty() {
                         tell.send_replace(Some(Closed::default()));
                     } else {
                         // A task of its own, bounded by its time: the caller may go away. Subscriptions have made the timer.
-                        let task = async move { tell.send_replace(Some(end(id, &subscriptions, within).await)) };
+                        let task = async move { tell.send_replace(Some(end(id, &subscriptions, &held_on, within).await)) };
                         self.0.hub.timer()?.runtime().spawn(task);
                     }
                     ended
@@ -348,10 +370,16 @@ fn refused(topic: &Topic, events: &[Arc<Event>]) -> impl Fn(Error) -> PublishErr
 }
 
 /// Drains an instance's subscriptions within the time, then ends them. What others share and can take is left to them at once.
-async fn end(id: InstanceId, subscriptions: &[(Arc<DeliveryQueue>, SubscriptionHandle)], within: Duration) -> Closed {
+async fn end(
+    id: InstanceId,
+    subscriptions: &[(Arc<DeliveryQueue>, SubscriptionHandle)],
+    held_on: &[Arc<DeliveryQueue>],
+    within: Duration,
+) -> Closed {
     let start = Instant::now();
     // A group with several members here is one queue.
-    let queues: HashMap<_, _> = subscriptions.iter().map(|(queue, _)| (Arc::as_ptr(queue).addr(), queue)).collect();
+    let queues = subscriptions.iter().map(|(queue, _)| queue).chain(held_on);
+    let queues: HashMap<_, _> = queues.map(|queue| (Arc::as_ptr(queue).addr(), queue)).collect();
     let relieved = || futures::future::join_all(queues.values().map(|queue| queue.relieved(id)));
     for (_, handle) in subscriptions.iter().filter(|(queue, _)| queue.is_shared_beyond(id)) {
         handle.stop();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::{Mutex, RwLock};
-use pubsub_core::machinery::{DeadLetterSink, InstanceId, Timer, Wakers};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, InstanceId, Timer};
 use pubsub_core::{Error, Event, EventId, Result, Topic};
 use smol_str::SmolStr;
 use tokio::runtime::Handle;
@@ -59,6 +59,7 @@ impl Hub {
     pub(crate) fn named(name: &SmolStr, retention: Option<usize>) -> Result<Arc<Self>> {
         let mut named = NAMED.lock();
         if let Some(hub) = named.get(name).and_then(Weak::upgrade) {
+            drop(named); // this may by now be the last of the bus, whose end locks it
             return match retention {
                 Some(other) if other != hub.retention => {
                     let reason = format!("is {other}, but the bus {name:?} exists with {}", hub.retention);
@@ -93,7 +94,10 @@ impl Hub {
     pub(crate) fn timer(&self) -> Result<Arc<Timer>> {
         let mut timer = self.timer.lock();
         match &*timer {
-            Some(timer) => Ok(timer.clone()),
+            Some(timer) => {
+                timer.go_on(); // a bus may outlive the runtime it was first used on
+                Ok(timer.clone())
+            }
             None => Ok(timer.insert(Arc::new(Timer::new()?)).clone()),
         }
     }
@@ -111,18 +115,16 @@ impl Hub {
     /// Offers events to a topic; false, with nothing done, if a queue has no room for all of them or publishers wait already.
     #[inline]
     pub(crate) fn offer_all(&self, topic: &Topic, events: &[Arc<Event>], only: Option<InstanceId>) -> bool {
-        let mut wakers = Wakers::new();
+        let mut aftermath = Aftermath::new();
         let inline = {
             let topics = self.topics.read();
             let Some(state) = topics.get(topic) else { return true };
-            match state.push_all(events, only, &mut wakers) {
+            match state.push_all(events, only, &mut aftermath) {
                 Some(inline) => inline,
                 None => return false,
             }
         };
-        for waker in wakers {
-            waker.wake();
-        }
+        aftermath.finish();
         if let Some(inline) = inline {
             call(&inline, topic, events, only);
         }
@@ -206,7 +208,8 @@ impl DeadLetterSink for Letterbox {
         let topic = topic.clone();
         let deliver = async move {
             let runtime = Handle::current(); // the queue runs this on its own
-            let taken = state.wait_for_room(&runtime, Instant::now() + LETTER_PATIENCE, || state.offer_letter(&letter)).await;
+            let taken =
+                state.wait_for_room(&runtime, Instant::now() + LETTER_PATIENCE, None, || state.offer_letter(&letter)).await;
             if !taken {
                 tracing::warn!(%topic, letter = %letter.id(), "a live subscriber's queue is full: it misses a dead letter, which is kept");
             }

@@ -1,15 +1,15 @@
 //! One topic: who is attached to it, and the letters it keeps if it is a dead-letter topic.
 //!
-//! Lock order: the hub's map of topics, then a topic's `attached`, then a queue's state. User code (inline handlers, wakers) is
+//! Lock order: the hub's map of topics, then a topic's `attached`, then a queue's state. User code (inline handlers, aftermath) is
 //! called without any of them.
 
 use std::collections::VecDeque;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Waker;
 
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeliveryQueue, Entry, InstanceId, Timer, Wakers};
+use pubsub_core::machinery::{Aftermath, DeliveryQueue, Entry, InstanceId, Timer};
 use pubsub_core::{
     Capability, Cursor, Error, ErrorKind, Event, Gap, Group, GroupStatus, OnGap, Page, Position, Result, Scope, Start,
     SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
@@ -72,24 +72,24 @@ impl TopicState {
         &self,
         events: &[Arc<Event>],
         only: Option<InstanceId>,
-        wakers: &mut Wakers,
+        aftermath: &mut Aftermath,
     ) -> Option<Option<Handlers>> {
         if self.waiting.load(Ordering::Acquire) > 0 {
             return None;
         }
         let attached = self.attached.lock();
-        (attached.room(only) >= events.len()).then(|| attached.push(events, only, wakers))
+        (attached.room(only) >= events.len()).then(|| attached.push(events, only, aftermath))
     }
 
     /// Gives as many of the events, in order, as every queue has room for, to all, and returns how many those were.
     pub(crate) fn offer(&self, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
-        let mut wakers = Wakers::new();
+        let mut aftermath = Aftermath::new();
         let (taken, inline) = {
             let attached = self.attached.lock();
             let taken = attached.room(only).min(events.len());
-            (taken, attached.push(&events[..taken], only, &mut wakers))
+            (taken, attached.push(&events[..taken], only, &mut aftermath))
         };
-        wakers.into_iter().for_each(Waker::wake);
+        aftermath.finish();
         if let Some(inline) = inline {
             call(&inline, &self.topic, &events[..taken], only);
         }
@@ -98,13 +98,19 @@ impl TopicState {
 
     /// Waits in turn until `offer` says that all has been taken; false if the deadline comes first. Cancel safe.
     /// The clock is that of `runtime`: the caller may be on another executor.
-    pub(crate) async fn wait_for_room(&self, runtime: &Handle, deadline: Instant, mut offer: impl FnMut() -> bool) -> bool {
+    pub(crate) async fn wait_for_room(
+        &self,
+        runtime: &Handle,
+        deadline: Instant,
+        only: Option<InstanceId>,
+        mut offer: impl FnMut() -> bool,
+    ) -> bool {
         let _waiting = Waiting::new(&self.waiting);
         let in_turn = async {
             let _turn = self.lane.lock().await;
             while !offer() {
                 // One full queue is enough to wait for: the others are looked at again when it has room.
-                let full = self.attached.lock().full();
+                let full = self.attached.lock().full(only);
                 if let Some(queue) = full {
                     queue.room_freed().await;
                 }
@@ -157,7 +163,7 @@ impl TopicState {
 
     /// Makes the topic a dead-letter topic. Called under the hub's lock on its topics.
     pub(crate) fn keep_letters(&self, hub: &Hub) {
-        self.attached.lock().letters(hub);
+        self.attached.lock().letters(hub, &self.topic);
     }
 
     /// Whether the topic is a dead-letter topic.
@@ -167,37 +173,36 @@ impl TopicState {
 
     /// Keeps a dead letter, for history and durable groups.
     pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) {
-        let mut wakers = Wakers::new();
-        {
+        let mut aftermath = Aftermath::new();
+        let _lost = {
             let mut attached = self.attached.lock();
-            let letters = attached.letters(hub);
+            let letters = attached.letters(hub, &self.topic);
             let place = (letters.scope.clone(), Position::from(letters.next));
             letters.kept.push_back((letters.next, letter.clone()));
             letters.next += 1;
-            if letters.kept.len() > letters.retention {
-                letters.kept.pop_front();
-            }
+            let lost = if letters.kept.len() > letters.retention { letters.kept.pop_front() } else { None };
             for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
-                queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut wakers);
+                queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut aftermath);
             }
-        }
-        wakers.into_iter().for_each(Waker::wake);
+            lost // dropped without the lock: a payload's destructor is user code
+        };
+        aftermath.finish();
     }
 
     /// Gives a dead letter to those who listen and are not durable; false if one of them has no room.
     pub(crate) fn offer_letter(&self, letter: &Arc<Event>) -> bool {
-        let mut wakers = Wakers::new();
+        let mut aftermath = Aftermath::new();
         let inline = {
             let attached = self.attached.lock();
             if attached.room(None) == 0 {
                 return false;
             }
             for queue in attached.queues(None).filter(|queue| !queue.is_durable()) {
-                queue.push(entries(std::slice::from_ref(letter), None), &mut wakers);
+                queue.push(entries(std::slice::from_ref(letter), None), &mut aftermath);
             }
             attached.inline.clone()
         };
-        wakers.into_iter().for_each(Waker::wake);
+        aftermath.finish();
         call(&inline, &self.topic, std::slice::from_ref(letter), None);
         true
     }
@@ -209,11 +214,11 @@ impl TopicState {
 
     /// Forgets what is kept. Subscriptions live on.
     pub(crate) fn clear(&self, hub: &Hub) {
-        let queues: Vec<_> = {
+        let (queues, _forgotten): (Vec<_>, _) = {
             let mut attached = self.attached.lock();
             let Some(letters) = &mut attached.letters else { return };
-            *letters = Letters::new(hub);
-            attached.durable().collect()
+            let forgotten = std::mem::replace(letters, Letters::new(hub, &self.topic));
+            (attached.durable().collect(), forgotten)
         };
         for queue in queues {
             queue.retain(|_| false);
@@ -222,11 +227,14 @@ impl TopicState {
 
     /// Forgets what is kept and matches, and returns how many.
     pub(crate) fn trim(&self, filter: &TrimFilter) -> u64 {
+        // Judged without the lock: writing an event's data as JSON is its publisher's code.
+        let kept: Vec<_> = self.attached.lock().letters.iter().flat_map(|letters| letters.kept.iter().cloned()).collect();
+        let gone: Vec<u64> = kept.iter().filter(|(_, letter)| filter.matches(letter)).map(|(number, _)| *number).collect();
         let (queues, trimmed): (Vec<_>, _) = {
             let mut attached = self.attached.lock();
             let Some(letters) = &mut attached.letters else { return 0 };
             let before = letters.kept.len();
-            letters.kept.retain(|(_, letter)| !filter.matches(letter));
+            letters.kept.retain(|(number, _)| gone.binary_search(number).is_err());
             let trimmed = before - letters.kept.len();
             (attached.durable().collect(), trimmed as u64)
         };
@@ -277,9 +285,9 @@ impl Attached {
         fan_out.map(|(_, queue)| queue).chain(&self.groups)
     }
 
-    fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, wakers: &mut Wakers) -> Option<Handlers> {
+    fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
         for queue in self.queues(only) {
-            queue.push(entries(events, only), wakers);
+            queue.push(entries(events, only), aftermath);
         }
         (!self.inline.is_empty()).then(|| self.inline.clone())
     }
@@ -288,16 +296,16 @@ impl Attached {
         self.queues(only).map(|queue| queue.room()).min().unwrap_or(usize::MAX)
     }
 
-    fn full(&self) -> Option<Arc<DeliveryQueue>> {
-        self.queues(None).find(|queue| queue.room() == 0).cloned()
+    fn full(&self, only: Option<InstanceId>) -> Option<Arc<DeliveryQueue>> {
+        self.queues(only).find(|queue| queue.room() == 0).cloned()
     }
 
     fn durable(&self) -> impl Iterator<Item = Arc<DeliveryQueue>> {
         self.groups.iter().filter(|queue| queue.is_durable()).cloned()
     }
 
-    fn letters(&mut self, hub: &Hub) -> &mut Letters {
-        self.letters.get_or_insert_with(|| Letters::new(hub))
+    fn letters(&mut self, hub: &Hub, topic: &Topic) -> &mut Letters {
+        self.letters.get_or_insert_with(|| Letters::new(hub, topic))
     }
 
     /// A group on a dead-letter topic is durable and starts with what is kept; any other begins empty.
@@ -317,7 +325,7 @@ impl Attached {
         let place = |number: u64| Some((letters.scope.clone(), Position::from(number)));
         let backlog = letters.kept.iter().filter(|(number, _)| *number >= from);
         let backlog = backlog.map(|(number, letter)| Entry { place: place(*number), ..Entry::new(letter.clone()) });
-        queue.push(backlog, &mut Wakers::new()); // nobody waits on a new queue
+        queue.push(backlog, &mut Aftermath::new()); // nobody waits on a new queue
         Ok(queue)
     }
 }
@@ -328,9 +336,12 @@ fn entries(events: &[Arc<Event>], only: Option<InstanceId>) -> impl Iterator<Ite
 
 impl Letters {
     /// Nothing kept yet, in a generation of its own.
-    fn new(hub: &Hub) -> Self {
-        let generation = hub.number().to_string();
-        let scope = Scope::new(hub.id(), generation).expect("a uuid and a number make a scope");
+    fn new(hub: &Hub, topic: &Topic) -> Self {
+        // The topic belongs to the scope, so that a cursor of another one is told apart; names hold more than a scope can.
+        let mut hasher = DefaultHasher::new();
+        topic.hash(&mut hasher);
+        let bus = format!("{}-{:x}", hub.id(), hasher.finish());
+        let scope = Scope::new(bus, hub.number().to_string()).expect("a uuid and numbers make a scope");
         Self { scope: Arc::new(scope), kept: VecDeque::new(), next: 0, retention: hub.retention() }
     }
 

@@ -99,6 +99,10 @@ async fn what_keeps_failing_is_dead_lettered_listed_and_redriven_once() {
     let refused = bus.subscribe_with("dead", group("g").start(start).dead_letter(topic("deader"))).await.unwrap_err();
     assert!(matches!(refused.kind(), ErrorKind::Gap(pubsub_core::Gap::OtherGeneration)));
     assert!(bus.history("deader", Start::Earliest, 1).await.is_err());
+    // Neither does a cursor of one topic pass for one of another.
+    let _names_it = bus.subscribe_with("u", group("g").dead_letter(topic("other"))).await.unwrap();
+    let other = bus.history("other", Start::After(page.entries[0].0.clone()), 1).await.unwrap_err();
+    assert!(matches!(other.kind(), ErrorKind::Gap(pubsub_core::Gap::OtherBus)), "{other:?}");
     assert!(matches!(gone.kind(), ErrorKind::Gap(pubsub_core::Gap::OtherGeneration)));
 }
 

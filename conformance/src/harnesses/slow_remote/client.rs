@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, Entry, SettleQueue, Timer, Wakers};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, SettleQueue, Timer};
 use pubsub_core::{
     Capabilities, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Groups, LeaseProvider, Page,
     Positions, PubSub, PublishError, PublishOptions, ReplayIndex, Result, Retention, Start, Status, StatusWatch,
@@ -142,28 +142,28 @@ impl SlowRemote {
 impl Remote {
     /// Gives an event to all local queues of its topic, or to none and returns one that is full.
     fn offer_locally(&self, topic: &Topic, event: &Arc<Event>) -> Option<Arc<DeliveryQueue>> {
-        let mut wakers = Wakers::new();
+        let mut aftermath = Aftermath::new();
         {
             let attached = self.attached.lock();
             let queues = || attached.queues.iter().filter(|(of, _)| of == topic).map(|(_, queue)| queue);
             if let Some(full) = queues().find(|queue| queue.room() == 0) {
                 return Some(full.clone());
             }
-            queues().for_each(|queue| queue.push([Entry::new(event.clone())], &mut wakers));
+            queues().for_each(|queue| queue.push([Entry::new(event.clone())], &mut aftermath));
         }
-        wakers.into_iter().for_each(std::task::Waker::wake);
+        aftermath.finish();
         None
     }
 
     /// Adds to a queue as much as it has room for; publishers of `local_only` events are kept out meanwhile.
     pub(super) fn fill(&self, queue: &DeliveryQueue, entries: &mut std::collections::VecDeque<Entry>) {
-        let mut wakers = Wakers::new();
+        let mut aftermath = Aftermath::new();
         {
             let _attached = self.attached.lock();
             let room = queue.room().min(entries.len());
-            queue.push(entries.drain(..room), &mut wakers);
+            queue.push(entries.drain(..room), &mut aftermath);
         }
-        wakers.into_iter().for_each(std::task::Waker::wake);
+        aftermath.finish();
     }
 
     /// Attaches a subscription, before the server knows of it.

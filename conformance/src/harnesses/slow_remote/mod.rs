@@ -28,7 +28,7 @@ use pubsub_core::{
 
 use self::client::SlowRemote;
 use self::connection::{Server, Weather};
-use self::server::Stored;
+use self::server::{State, Stored};
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
 
 /// The imitation of a slow remote server: `slow-remote`.
@@ -121,12 +121,12 @@ impl Faults for SlowRemoteHarness {
             Fault::Restart => {
                 self.weather(|weather| (weather.up, weather.cuts) = (false, weather.cuts + 1));
                 tokio::time::sleep(Duration::from_millis(20)).await;
-                self.server.with(|state| state.hear_of_all());
+                self.server.with(State::hear_of_all);
                 self.weather(|weather| weather.up = true);
             }
             Fault::Outage => self.weather(|weather| weather.up = false),
             Fault::Heal => {
-                self.server.with(|state| state.hear_of_all());
+                self.server.with(State::hear_of_all);
                 self.weather(|weather| (weather.up, weather.delay) = (true, None));
             }
             Fault::Delay(delay) => self.weather(|weather| weather.delay = Some(delay)),

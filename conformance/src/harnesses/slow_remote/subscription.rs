@@ -112,10 +112,8 @@ impl Attachment {
                 // Stragglers from before the topic was cleared.
                 self.queue.retain(|event| event.index().is_none_or(|index| index.generation >= next.generation));
             }
-            if sent.is_empty() && next == place {
-                if changes.changed().await.is_err() {
-                    return;
-                }
+            if sent.is_empty() && next == place && changes.changed().await.is_err() {
+                return;
             }
             place = next;
             for sent in sent {

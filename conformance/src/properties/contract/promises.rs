@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pubsub_core::{
-    AckMode, Bus, Capability, ErrorKind, Event, Failure, Fate, Handler, Message, Metadata, Origin, Payload, PublishOptions,
-    SubscribeOptions, Subscription, Topic,
+    AckMode, Bus, Capability, Delivery, ErrorKind, Event, Failure, Fate, Handler, Message, Metadata, Origin, Overflow, Payload,
+    PublishOptions, SubscribeOptions, Subscription, Topic,
 };
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::oracle::{Recorder, counted_attempts, exactly_once, ids};
+use crate::oracle::{Recorder, counted_attempts, delivered, exactly_once, ids};
 use crate::properties::settle::{Overdue, overdue, short_hold};
 use crate::{Ctx, Fault, Mismatch, Need, Property, Verdict, ensure, ensure_eq, exactly, property};
 
@@ -63,6 +63,13 @@ pub(super) fn properties() -> Vec<Property> {
             cut_off,
         )
         .needs([Need::PublishWaits, Need::NoRetention]),
+        property(
+            "AD-22",
+            "Where that was asked for, a full queue loses its oldest and tells how many they were",
+            &["B5"],
+            loses_oldest,
+        )
+        .needs([Need::NoRetention]),
         property("AD-14", "Metadata arrives unchanged through a redrive", &["S4"], metadata_redriven)
             .needs([Capability::DeadLetterHistory.into()]),
     ]
@@ -248,7 +255,7 @@ async fn two_letters(ctx: Ctx) -> Verdict {
 async fn repeated(ctx: Ctx) -> Verdict {
     let (bus, topic) = (ctx.bus().await?, ctx.topic("repeated"));
     let mut subscription = ctx.subscribe(&bus, &topic, ctx.fan_out()).await?;
-    let events = ctx.events(10);
+    let (events, mut found) = (ctx.events(10), Vec::new());
     if let Some(faults) = ctx.harness().faults() {
         ctx.within("a fault", faults.inject(Fault::FailWrites(1))).await??;
     }
@@ -257,13 +264,47 @@ async fn repeated(ctx: Ctx) -> Verdict {
         Ok(_) => events.clone(),
         Err(failed) => {
             ensure_eq!(failed.fates().len(), events.len(), "fates, one for each event");
+            let fence = ctx.fence(&bus, &topic).await?;
+            found.extend(ctx.until(&mut subscription, &fence).await?);
+            let arrived = delivered(&found);
+            for (event, fate) in events.iter().zip(failed.fates()) {
+                let wrong = if arrived.contains(event.id()) { Fate::NotSent } else { Fate::Published };
+                ensure!(*fate != wrong, "{} is said to be {fate:?}; arrived are {arrived:?}", event.id());
+            }
             failed.unpublished().map(|place| events[place].clone()).collect()
         }
     };
     ctx.publish_all(&bus, &topic, &again).await?;
     ctx.publish_all(&bus, &topic, &events).await?;
     let fence = ctx.fence(&bus, &topic).await?;
-    exactly(&events, &ctx.until(&mut subscription, &fence).await?)
+    found.extend(ctx.until(&mut subscription, &fence).await?);
+    exactly(&events, &found)
+}
+
+async fn loses_oldest(ctx: Ctx) -> Verdict {
+    const BOUND: usize = 8;
+    let bus = ctx.bus().await?;
+    let mut kinds = vec![ctx.fan_out()];
+    if ctx.capabilities().supports(Capability::Groups) {
+        kinds.push(ctx.member(&ctx.group("g")));
+    }
+    for options in kinds {
+        let topic = ctx.topic("lossy");
+        let options = options.prefetch(BOUND).overflow(Overflow::DropOldest);
+        let mut slow = ctx.subscribe(&bus, &topic, options).await?;
+        let sent = ctx.publish(&bus, &topic, 3 * BOUND).await?;
+        let fence = ctx.fence(&bus, &topic).await?;
+        let found = ctx.until(&mut slow, &fence).await?;
+        let lost = sent.len() - found.len().min(sent.len());
+        ensure!((1..=BOUND).contains(&found.len()), "{} of {} kept in a queue of {BOUND}", found.len(), sent.len());
+        exactly(&sent[lost..], &found)?;
+        let told: Vec<_> = found.iter().map(Delivery::lagged).collect();
+        ensure_eq!(told[0], lost as u64, "lost before the first that is left");
+        ensure_eq!(told.iter().sum::<u64>(), lost as u64, "lost in all, as told by {told:?}");
+        ensure_eq!(slow.status().lagged, lost as u64, "lost in all, as the status says");
+        found.into_iter().for_each(|delivery| drop(delivery.done()));
+    }
+    Ok(())
 }
 
 async fn strict(ctx: Ctx) -> Verdict {

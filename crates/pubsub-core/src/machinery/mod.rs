@@ -10,7 +10,7 @@ mod retry_queue;
 mod settle_queue;
 mod timer;
 
-pub use delivery_queue::{DeadLetterSink, DeliveryQueue, Entry, InstanceId, QueueStatus, Wakers};
+pub use delivery_queue::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, InstanceId, QueueStatus};
 pub use in_flight::InFlight;
 pub use retry_queue::RetryQueue;
 pub use settle_queue::{OpenSettlement, SettleQueue};

@@ -1,6 +1,7 @@
 //! Deadlines that come due although nobody polls.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -21,13 +22,16 @@ pub trait Due: Send + Sync {
 /// Wakes things at their deadlines, with one task for all of them, started by the first deadline and ended with the timer.
 pub struct Timer {
     shared: Arc<Shared>,
-    runtime: Handle,
+    /// Where its task runs, or is to run.
+    home: Mutex<Handle>,
     task: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
     deadlines: Mutex<Deadlines>,
     earlier: Notify,
+    /// Whether there is a task: one ends with its runtime, and then its deadlines wait for another.
+    running: AtomicBool,
 }
 
 #[derive(Default)]
@@ -57,13 +61,26 @@ impl Timer {
     pub fn new() -> Result<Self> {
         let runtime = Handle::try_current()
             .map_err(|error| Error::new(ErrorKind::Backend("needs a tokio runtime".into())).caused_by(error))?;
-        let shared = Arc::new(Shared { deadlines: Mutex::default(), earlier: Notify::new() });
-        Ok(Self { shared, runtime, task: Mutex::default() })
+        let shared = Arc::new(Shared { deadlines: Mutex::default(), earlier: Notify::new(), running: AtomicBool::new(false) });
+        Ok(Self { shared, home: Mutex::new(runtime), task: Mutex::default() })
     }
 
-    /// The runtime it lives on.
-    pub fn runtime(&self) -> &Handle {
-        &self.runtime
+    /// The runtime it lives on. While it has no task, its own may have been shut down: then that of the caller, if there is one.
+    pub fn runtime(&self) -> Handle {
+        let home = || self.home.lock().clone();
+        if self.is_running() { home() } else { Handle::try_current().unwrap_or_else(|_| home()) }
+    }
+
+    /// Goes on, on the runtime of the caller, if its own was shut down under it. To be called now and then by whoever shares it
+    /// among runtimes.
+    pub fn go_on(&self) {
+        if !self.is_running() && !self.shared.deadlines.lock().queue.is_empty() {
+            self.ensure_running();
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        self.shared.running.load(Ordering::Acquire)
     }
 
     /// Calls `target` at `when`, unless it is gone by then. Any thread, with or without a runtime.
@@ -74,7 +91,7 @@ impl Timer {
             deadlines.push(when, target);
             earliest
         };
-        if earliest {
+        if earliest || !self.is_running() {
             self.ensure_running();
             self.shared.earlier.notify_one();
         }
@@ -82,19 +99,30 @@ impl Timer {
 
     fn ensure_running(&self) {
         let mut task = self.task.lock();
-        // A task that has finished was cancelled with its runtime: go on with the caller's.
-        if task.as_ref().is_none_or(JoinHandle::is_finished) {
-            let runtime = if task.is_none() {
-                self.runtime.clone()
-            } else {
-                Handle::try_current().unwrap_or_else(|_| self.runtime.clone())
-            };
-            *task = Some(runtime.spawn(keep_time(self.shared.clone())));
+        // On a runtime that was shut down, the task ends before `spawn` returns: go on with the caller's.
+        let home = self.home.lock().clone();
+        for runtime in [Some(home), Handle::try_current().ok()].into_iter().flatten() {
+            if self.is_running() {
+                return;
+            }
+            self.shared.running.store(true, Ordering::Release);
+            *task = Some(runtime.spawn(keep_time(Running(self.shared.clone()))));
+            *self.home.lock() = runtime;
         }
     }
 }
 
-async fn keep_time(shared: Arc<Shared>) {
+/// The timer's task exists.
+struct Running(Arc<Shared>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::Release);
+    }
+}
+
+async fn keep_time(running: Running) {
+    let shared = &running.0;
     loop {
         let now = Instant::now();
         loop {

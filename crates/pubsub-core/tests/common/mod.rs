@@ -3,13 +3,12 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::task::Waker;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, Entry, InstanceId, Timer, Wakers};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, InstanceId, Timer};
 use pubsub_core::{AckMode, Delivery, Event, Group, RetryPolicy, SubscribeOptions, Subscription, Topic};
 
 /// The instance that tests are on unless they say otherwise.
@@ -95,9 +94,9 @@ pub fn push(queue: &DeliveryQueue, numbers: impl IntoIterator<Item = u32>) {
 }
 
 pub fn push_entries(queue: &DeliveryQueue, entries: impl IntoIterator<Item = Entry>) {
-    let mut wakers = Wakers::new();
-    queue.push(entries, &mut wakers);
-    wakers.into_iter().for_each(Waker::wake);
+    let mut aftermath = Aftermath::new();
+    queue.push(entries, &mut aftermath);
+    aftermath.finish();
 }
 
 pub fn number(delivery: &Delivery) -> u32 {

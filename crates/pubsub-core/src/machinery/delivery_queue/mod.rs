@@ -31,8 +31,37 @@ use crate::{
 /// Which instance of a bus a member belongs to: members of one queue may belong to several.
 pub type InstanceId = u64;
 
-/// Wakers collected under a lock, to be woken after it.
-pub type Wakers = SmallVec<[Waker; 4]>;
+/// What pushing leaves to be done once the caller holds no lock of its own: consumers to wake, and entries that were lost to be
+/// dropped. Both run code that is not the queue's. Dropping it does it.
+#[derive(Default)]
+pub struct Aftermath {
+    wakers: SmallVec<[Waker; 4]>,
+    lost: Vec<Item>,
+}
+
+impl Aftermath {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Does what is to be done; to be called where no lock is held.
+    pub fn finish(self) {}
+}
+
+impl Drop for Aftermath {
+    fn drop(&mut self) {
+        if !self.wakers.is_empty() {
+            self.wakers.drain(..).for_each(Waker::wake);
+        }
+    }
+}
+
+impl fmt::Debug for Aftermath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Aftermath").field("wakers", &self.wakers.len()).field("lost", &self.lost.len()).finish()
+    }
+}
 
 /// Where exhausted deliveries go.
 pub trait DeadLetterSink: Send + Sync + 'static {
@@ -239,14 +268,13 @@ impl DeliveryQueue {
     /// wants to lose none asks for [`room`](Self::room) first, under a lock that keeps other publishers out.
     ///
     /// Entries local to an instance without a member are refused by doing nothing.
-    pub fn push(&self, entries: impl IntoIterator<Item = Entry>, wakers: &mut Wakers) {
-        let mut dropped = Vec::new();
+    pub fn push(&self, entries: impl IntoIterator<Item = Entry>, aftermath: &mut Aftermath) {
         let chores = {
             let mut state = self.state.lock();
             if state.ended {
                 return;
             }
-            state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), &mut dropped);
+            state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), &mut aftermath.lost);
             self.len.store(state.bounded_len(), Ordering::Release);
             state.is_anyone_parked().then(|| {
                 let mut chores = Chores::default();
@@ -255,7 +283,7 @@ impl DeliveryQueue {
             })
         };
         if let Some(mut chores) = chores {
-            wakers.append(&mut chores.wakers);
+            aftermath.wakers.extend(chores.wakers.drain(..));
             self.finish(&mut chores);
         }
     }

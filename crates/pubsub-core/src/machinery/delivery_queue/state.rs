@@ -223,24 +223,26 @@ impl State {
     // Contents.
 
     pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, dropped: &mut Vec<Item>) {
+        let mut len = self.bounded_len();
         for entry in entries {
             let item = Item { entry, lagged: 0 };
             match item.entry.only {
                 // A backend pushes to a fan-out queue only what is for its one member.
                 Some(instance) if self.group => {
-                    if self.has_member_of(instance) {
-                        self.local_of(instance).push_back(item);
-                    } else {
+                    if !self.has_member_of(instance) {
                         dropped.push(item);
+                        continue;
                     }
+                    self.local_of(instance).push_back(item);
                 }
                 _ => self.ready.push_back(item),
             }
-        }
-        let mut len = self.bounded_len();
-        while len > capacity {
-            self.lose_oldest(dropped);
-            len -= 1;
+            len += 1;
+            // As it goes: a burst must not leave a buffer of its size behind.
+            while len > capacity {
+                self.lose_oldest(dropped);
+                len -= 1;
+            }
         }
     }
 
