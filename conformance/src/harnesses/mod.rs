@@ -10,7 +10,10 @@ pub use slow_remote::SlowRemoteHarness;
 
 use crate::Harness;
 
+/// What chance decides on the slow remote follows from this.
+const SEED: u64 = 0x510;
+
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    vec![Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict())]
+    vec![Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict()), Arc::new(SlowRemoteHarness::new(SEED))]
 }

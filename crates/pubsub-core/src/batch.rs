@@ -132,7 +132,7 @@ impl BatchPolicy {
         self
     }
 
-    /// Called with each batch before it goes out, to drop what later events made pointless. A panic is logged and keeps all.
+    /// Called with all that waits before a batch of it goes out, to drop what later events made pointless. A panic is logged and keeps all.
     #[must_use]
     pub fn coalesce(mut self, coalesce: impl Fn(&[&Event], &mut KeepSet) + Send + Sync + 'static) -> Self {
         self.coalesce = Some(Arc::new(coalesce));
@@ -293,7 +293,7 @@ impl<T: AsRef<Event>> Batcher<T> {
     }
 
     fn coalesce(&mut self) -> Vec<T> {
-        let Some(coalesce) = self.policy.coalesce.clone() else { return Vec::new() };
+        let Some(coalesce) = self.policy.coalesce.clone().filter(|_| !self.buffer.is_empty()) else { return Vec::new() };
         let mut keep = KeepSet(vec![true; self.buffer.len()]);
         {
             let events: Vec<&Event> = self.buffer.iter().map(|entry| entry.item.as_ref()).collect();

@@ -187,6 +187,9 @@ impl LeaseGuard {
     /// What the store refuses; the lease then ends with its time to live.
     pub async fn release(mut self) -> Result<bool> {
         self.renewal.abort();
+        if !self.is_held() {
+            return Ok(false); // the store knows it by its owner, who may have acquired it anew
+        }
         let released = self.provider.release(&self.key, &self.owner).await?;
         self.released = true;
         Ok(released)
@@ -199,6 +202,9 @@ impl LeaseGuard {
     /// What the store refuses; the lease then ends with its time to live.
     pub async fn transfer(mut self, to: &str, ttl: Duration) -> Result<Option<Lease>> {
         self.renewal.abort();
+        if !self.is_held() {
+            return Ok(None);
+        }
         let transferred = self.provider.transfer(&self.key, &self.owner, to, ttl).await?;
         self.released = true;
         Ok(transferred)

@@ -58,6 +58,10 @@ impl Instance {
             attached.held_on.retain(|queue| queue.strong_count() > 0);
             attached.held_on.push(Arc::downgrade(&queue));
         }
+        let capacity = attached.subscriptions.capacity();
+        if capacity > 64 && attached.subscriptions.len() < capacity / 4 {
+            attached.subscriptions.shrink_to_fit(); // a burst of subscriptions gives its memory back
+        }
         drop(attached);
         drop(handle);
     }

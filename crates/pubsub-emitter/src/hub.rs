@@ -198,10 +198,8 @@ impl DeadLetterSink for Letterbox {
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>> {
         let hub = self.0.upgrade()?;
         let letter = Arc::new(letter);
-        let state = hub.with_topic(topic, |state| {
-            state.keep(&hub, &letter);
-            state.clone()
-        });
+        let (state, kept) = hub.with_topic(topic, |state| (state.clone(), state.keep(&hub, &letter)));
+        drop(kept);
         if state.offer_letter(&letter) {
             return None;
         }

@@ -171,22 +171,20 @@ impl TopicState {
         self.attached.lock().letters.is_some()
     }
 
-    /// Keeps a dead letter, for history and durable groups.
-    pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) {
+    /// Keeps a dead letter, for history and durable groups. Called under the hub's lock on its topics; what is returned, a letter
+    /// that had to go for it among it, is to be dropped without: a payload's destructor is user code.
+    pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) -> (Aftermath, Option<(u64, Arc<Event>)>) {
         let mut aftermath = Aftermath::new();
-        let _lost = {
-            let mut attached = self.attached.lock();
-            let letters = attached.letters(hub, &self.topic);
-            let place = (letters.scope.clone(), Position::from(letters.next));
-            letters.kept.push_back((letters.next, letter.clone()));
-            letters.next += 1;
-            let lost = if letters.kept.len() > letters.retention { letters.kept.pop_front() } else { None };
-            for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
-                queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut aftermath);
-            }
-            lost // dropped without the lock: a payload's destructor is user code
-        };
-        aftermath.finish();
+        let mut attached = self.attached.lock();
+        let letters = attached.letters(hub, &self.topic);
+        let place = (letters.scope.clone(), Position::from(letters.next));
+        letters.kept.push_back((letters.next, letter.clone()));
+        letters.next += 1;
+        let lost = if letters.kept.len() > letters.retention { letters.kept.pop_front() } else { None };
+        for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
+            queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut aftermath);
+        }
+        (aftermath, lost)
     }
 
     /// Gives a dead letter to those who listen and are not durable; false if one of them has no room.

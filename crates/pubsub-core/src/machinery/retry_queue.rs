@@ -64,6 +64,7 @@ impl<T> RetryQueue<T> {
     /// Forgets those that do not pass.
     pub fn retain(&mut self, keep: impl Fn(&T) -> bool) {
         self.heap.retain(|waiting| keep(&waiting.item));
+        self.heap.shrink_to(2 * self.heap.len());
     }
 
     /// Takes out those for which this is true, in no order.

@@ -30,25 +30,27 @@ pub struct Timer {
 struct Shared {
     deadlines: Mutex<Deadlines>,
     earlier: Notify,
-    /// Whether there is a task: one ends with its runtime, and then its deadlines wait for another.
+    /// Whether there is a task.
     running: AtomicBool,
+    /// Whether the last task ended with its runtime, and its deadlines wait for another.
+    cut_off: AtomicBool,
 }
 
 #[derive(Default)]
 struct Deadlines {
     queue: RetryQueue<Weak<dyn Due>>,
-    /// How many there were when those of targets that are gone were last thrown out.
-    kept: usize,
+    /// How many targets have gone since their deadlines were last thrown out.
+    gone: usize,
 }
 
 impl Deadlines {
     /// A weak reference keeps its target's memory, and a deadline may be hours away: those of targets that are gone must not
     /// gather until then.
-    fn push(&mut self, when: Instant, target: Weak<dyn Due>) {
-        self.queue.push(when, target);
-        if self.queue.len() > 2 * self.kept.max(32) {
+    fn one_gone(&mut self) {
+        self.gone += 1;
+        if self.gone > self.queue.len() / 2 {
+            self.gone = 0;
             self.queue.retain(|target| target.strong_count() > 0);
-            self.kept = self.queue.len();
         }
     }
 }
@@ -61,7 +63,8 @@ impl Timer {
     pub fn new() -> Result<Self> {
         let runtime = Handle::try_current()
             .map_err(|error| Error::new(ErrorKind::Backend("needs a tokio runtime".into())).caused_by(error))?;
-        let shared = Arc::new(Shared { deadlines: Mutex::default(), earlier: Notify::new(), running: AtomicBool::new(false) });
+        let (running, cut_off) = (AtomicBool::new(false), AtomicBool::new(false));
+        let shared = Arc::new(Shared { deadlines: Mutex::default(), earlier: Notify::new(), running, cut_off });
         Ok(Self { shared, home: Mutex::new(runtime), task: Mutex::default() })
     }
 
@@ -71,12 +74,17 @@ impl Timer {
         if self.is_running() { home() } else { Handle::try_current().unwrap_or_else(|_| home()) }
     }
 
-    /// Goes on, on the runtime of the caller, if its own was shut down under it. To be called now and then by whoever shares it
-    /// among runtimes.
+    /// Goes on, on the runtime of the caller, if its own was shut down under it. To be called now and then by those who share it
+    /// among runtimes; costs nothing otherwise.
     pub fn go_on(&self) {
-        if !self.is_running() && !self.shared.deadlines.lock().queue.is_empty() {
+        if self.shared.cut_off.load(Ordering::Acquire) {
             self.ensure_running();
         }
+    }
+
+    /// A target is gone, and with it the need for its deadlines. To be called by its destructor.
+    pub fn target_gone(&self) {
+        self.shared.deadlines.lock().one_gone();
     }
 
     fn is_running(&self) -> bool {
@@ -88,7 +96,7 @@ impl Timer {
         let earliest = {
             let mut deadlines = self.shared.deadlines.lock();
             let earliest = deadlines.queue.next_due().is_none_or(|next| when < next);
-            deadlines.push(when, target);
+            deadlines.queue.push(when, target);
             earliest
         };
         if earliest || !self.is_running() {
@@ -105,6 +113,7 @@ impl Timer {
             if self.is_running() {
                 return;
             }
+            self.shared.cut_off.store(false, Ordering::Release);
             self.shared.running.store(true, Ordering::Release);
             *task = Some(runtime.spawn(keep_time(Running(self.shared.clone()))));
             *self.home.lock() = runtime;
@@ -118,6 +127,7 @@ struct Running(Arc<Shared>);
 impl Drop for Running {
     fn drop(&mut self) {
         self.0.running.store(false, Ordering::Release);
+        self.0.cut_off.store(true, Ordering::Release);
     }
 }
 

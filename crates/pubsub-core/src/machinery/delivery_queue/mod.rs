@@ -441,6 +441,8 @@ impl DeliveryQueue {
             }
             let Some(Item { entry, lagged }) = state.next_for(token, stash) else {
                 state.park(token, cx);
+                drop(state);
+                self.timer.go_on(); // what it waits for may have to come back first
                 return Poll::Pending;
             };
             state.found(token);
@@ -525,6 +527,12 @@ impl DeliveryQueue {
         if self.drain_wanted.load(Ordering::SeqCst) > 0 {
             self.drained.notify_waiters();
         }
+    }
+}
+
+impl Drop for DeliveryQueue {
+    fn drop(&mut self) {
+        self.timer.target_gone();
     }
 }
 

@@ -15,6 +15,7 @@ impl Settler for DeliveryQueue {
     fn settle(&self, token: u64, settlement: Settlement) -> Receipt {
         let mut chores = Chores { drained: true, ..Chores::default() };
         let settled = self.record(token, settlement, &mut chores);
+        self.timer.go_on();
         self.finish(&mut chores).unwrap_or_else(|| Receipt::ready(settled))
     }
 
