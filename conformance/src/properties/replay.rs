@@ -220,7 +220,8 @@ async fn offsets(ctx: Ctx) -> Verdict {
     for (from, subscription) in &mut subscriptions {
         let seen = ctx.until(subscription, &fence).await?;
         exactly(&sent[usize::try_from(*from)?..], &seen).map_err(|why| why.at(format!("from {from} on")))?;
-        let older: Vec<_> = places(seen.iter().map(pubsub_core::Delivery::event)).into_iter().filter(|at| at.index < *from).collect();
+        let older: Vec<_> =
+            places(seen.iter().map(pubsub_core::Delivery::event)).into_iter().filter(|at| at.index < *from).collect();
         ensure!(older.is_empty(), "from {from} on there came {older:?}");
     }
     Ok(())

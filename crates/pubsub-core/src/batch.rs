@@ -125,7 +125,8 @@ impl BatchPolicy {
         self
     }
 
-    /// Events for which this is true send the buffer out at once, themselves last.
+    /// Events for which this is true send the buffer out at once, themselves last, as soon as `min_interval` allows. A panic is
+    /// logged and counts as false.
     #[must_use]
     pub fn is_immediate(mut self, is_immediate: impl Fn(&Event) -> bool + Send + Sync + 'static) -> Self {
         self.is_immediate = Some(Arc::new(is_immediate));
@@ -226,7 +227,13 @@ impl<T: AsRef<Event>> Batcher<T> {
 
     /// Adds an event and returns those that had to go for it, possibly itself.
     pub fn push(&mut self, now: Instant, item: T) -> Vec<T> {
-        let immediate = self.policy.is_immediate.as_ref().is_some_and(|is_immediate| is_immediate(item.as_ref()));
+        let immediate = self.policy.is_immediate.as_ref().is_some_and(|is_immediate| {
+            let call = std::panic::AssertUnwindSafe(|| is_immediate(item.as_ref()));
+            std::panic::catch_unwind(call).unwrap_or_else(|_| {
+                tracing::error!("an is_immediate function panicked; its event waits like others");
+                false
+            })
+        });
         let mut dropped = Vec::new();
         if !immediate && self.counted >= self.policy.max_buffer_size {
             match self.policy.overflow {

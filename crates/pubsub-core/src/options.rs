@@ -1,6 +1,7 @@
 //! How to publish and how to subscribe.
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -99,7 +100,8 @@ impl Filter {
         Self { types: types.into_iter().map(SmolStr::new).collect(), predicate: None }
     }
 
-    /// Only events for which this returns true. It is called once per delivery, in the consumer's task.
+    /// Only events for which this returns true. It is called once per delivery, in the consumer's task. A panic is logged and
+    /// admits the event: a broken filter loses nothing.
     pub fn predicate(predicate: impl Fn(&Event) -> bool + Send + Sync + 'static) -> Self {
         Self { types: Vec::new(), predicate: Some(Arc::new(predicate)) }
     }
@@ -117,7 +119,12 @@ impl Filter {
     /// Whether the subscription wants this event.
     pub fn admits(&self, event: &Event) -> bool {
         (self.types.is_empty() || self.types.iter().any(|wanted| wanted == event.event_type()))
-            && self.predicate.as_ref().is_none_or(|predicate| predicate(event))
+            && self.predicate.as_ref().is_none_or(|predicate| {
+                std::panic::catch_unwind(AssertUnwindSafe(|| predicate(event))).unwrap_or_else(|_| {
+                    tracing::error!(event = %event.id(), "a filter panicked; it lets the event through");
+                    true
+                })
+            })
     }
 }
 
@@ -141,7 +148,8 @@ pub struct SubscribeOptions {
     /// Who settles; none leaves it to the kind and the way of reading: a fan-out stream settles at hand-over, a group's
     /// stream by hand; `run` and `batches` settle by outcome.
     pub ack_mode: Option<AckMode>,
-    /// The most deliveries taken from the bus and not handed over yet (256).
+    /// The most deliveries taken from the bus and not handed over yet (256). A fan-out subscription in process lets publishers
+    /// fill one half of it; the other is what it takes ahead once it is read.
     pub prefetch: usize,
     /// The most deliveries handed over and not settled yet (1,000).
     pub max_in_flight: usize,

@@ -60,9 +60,14 @@ pub struct Subscription {
 
 impl Subscription {
     /// A subscription over a backend's source; for backends.
-    pub fn new(topic: Topic, options: SubscribeOptions, source: Box<dyn Source>, control: Arc<dyn Control>) -> Self {
+    pub fn new(
+        topic: Topic,
+        options: impl Into<Arc<SubscribeOptions>>,
+        source: Box<dyn Source>,
+        control: Arc<dyn Control>,
+    ) -> Self {
         let handle = SubscriptionHandle(Arc::new(Shared { topic, control, nudge: Arc::default() }));
-        Self { source, handle, options: Arc::new(options), lagged: 0, ended: false }
+        Self { source, handle, options: options.into(), lagged: 0, ended: false }
     }
 
     /// The topic it is on.

@@ -115,7 +115,8 @@ impl EventEmitterPubSub {
 
     /// Subscribes a handler that is called in the publisher's task, before its publish returns: the fastest way, without queue,
     /// settlement, retry, filter or back-pressure (clause I1). It sees each publisher's events in order. A panic is caught and
-    /// logged.
+    /// logged. A handler that publishes uses [`publish_now`](PubSub::publish_now): it cannot await, and a future polled only once
+    /// may have yielded to the runtime before it published.
     ///
     /// # Errors
     /// `Closed`.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
 use pubsub_core::{
-    Bus, ErrorKind, Event, Failure, Fate, Group, Origin, Payload, PubSub, PublishOptions, RetryPolicy, Settled, Start,
-    SubscribeOptions, Topic,
+    Bus, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions, RetryPolicy,
+    Settled, Start, SubscribeOptions, Topic,
 };
 use pubsub_emitter::EventEmitterPubSub;
 
@@ -207,4 +207,68 @@ fn publishers_may_be_on_any_executor() {
     assert!(matches!(no_runtime.kind(), ErrorKind::Backend(_)), "{no_runtime}");
     drop(subscription);
     assert!(futures::executor::block_on(bus.close(Duration::from_secs(1))).unwrap().is_clean());
+}
+
+#[tokio::test]
+async fn a_filter_that_panics_loses_nothing() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let filter = Filter::predicate(|event| if event.event_type() == "bad" { panic!("told to") } else { true });
+    let mut subscription = bus.subscribe_with("t", group("g").filter(filter)).await.unwrap();
+    for event_type in ["good", "bad", "good"] {
+        bus.publish("t", Event::new(event_type)).await.unwrap();
+    }
+    for event_type in ["good", "bad", "good"] {
+        let delivery = subscription.next().await.unwrap().unwrap();
+        assert_eq!(delivery.event().event_type(), event_type);
+        delivery.done();
+    }
+}
+
+#[tokio::test]
+async fn a_payload_may_use_the_bus_when_it_is_dropped() {
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct Last {
+        #[serde(skip)]
+        bus: Option<Bus>,
+    }
+    impl Drop for Last {
+        fn drop(&mut self) {
+            if let Some(bus) = self.bus.take() {
+                let _ = bus.publish("dead", Event::new("gone")).now_or_never();
+            }
+        }
+    }
+    let bus = Bus::from(EventEmitterPubSub::builder().dead_letter_retention(1).build().unwrap());
+    let options = group("g").retry(fast(1)).dead_letter(topic("dead"));
+    let mut worker = bus.subscribe_with("t", options).await.unwrap();
+    let mut lossy =
+        bus.subscribe_with("t", SubscribeOptions::fan_out().prefetch(1).overflow(Overflow::DropOldest)).await.unwrap();
+    for _ in 0..4 {
+        bus.publish("t", Event::new("x").with_data(Last { bus: Some(bus.clone()) })).await.unwrap();
+        worker.next().await.unwrap().unwrap().dead_letter("told to");
+    }
+    assert_eq!(bus.history("dead", Start::Earliest, 9).await.unwrap().entries.len(), 1);
+    assert_eq!(lossy.next().await.unwrap().unwrap().lagged(), 3);
+}
+
+#[test]
+fn a_bus_outlives_the_runtime_it_began_on() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
+    let (first, second) = (runtime(), runtime());
+    let bus = Bus::from(EventEmitterPubSub::new());
+    first.block_on(async { drop(bus.subscribe_with("x", group("g")).await.unwrap()) });
+    drop(first);
+    second.block_on(async {
+        let mut subscription = bus.subscribe_with("t", group("g").retry(fast(5)).prefetch(1)).await.unwrap();
+        bus.publish_data("t", "x", 1).await.unwrap();
+        let patience = PublishOptions::new().timeout(Duration::from_millis(20));
+        let full = bus.publish_with("t", &[Arc::new(Event::new("x"))], patience).await.unwrap_err();
+        assert_eq!(*full.kind(), ErrorKind::Full);
+        subscription.next().await.unwrap().unwrap().retry();
+        let again = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await.expect("the retry comes due");
+        assert_eq!(again.unwrap().unwrap().attempt(), 2);
+        let closed = tokio::time::timeout(Duration::from_secs(10), bus.close(Duration::from_millis(50))).await;
+        closed.expect("it ends").unwrap();
+        assert!(subscription.next().await.is_none());
+    });
 }

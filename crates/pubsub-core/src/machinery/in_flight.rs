@@ -43,6 +43,9 @@ impl<T> InFlight<T> {
     /// # Panics
     /// Beyond 2^32 entries.
     pub fn insert(&mut self, value: T) -> u64 {
+        if self.slots.is_empty() {
+            self.slots.reserve_exact(1); // many hold one entry for life
+        }
         let place = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { generation: self.start, value: None });
             u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 in flight")

@@ -39,19 +39,32 @@ struct Shared {
 #[derive(Default)]
 struct Deadlines {
     queue: RetryQueue<Weak<dyn Due>>,
-    /// How many targets have gone since their deadlines were last thrown out.
+    /// How many there were when those of targets that are gone were last thrown out.
+    kept: usize,
+    /// How many targets have said that they are gone since.
     gone: usize,
 }
 
 impl Deadlines {
     /// A weak reference keeps its target's memory, and a deadline may be hours away: those of targets that are gone must not
     /// gather until then.
+    fn push(&mut self, when: Instant, target: Weak<dyn Due>) {
+        self.queue.push(when, target);
+        if self.queue.len() > 2 * self.kept.max(32) {
+            self.sweep();
+        }
+    }
+
     fn one_gone(&mut self) {
         self.gone += 1;
         if self.gone > self.queue.len() / 2 {
-            self.gone = 0;
-            self.queue.retain(|target| target.strong_count() > 0);
+            self.sweep();
         }
+    }
+
+    fn sweep(&mut self) {
+        self.queue.retain(|target| target.strong_count() > 0);
+        (self.kept, self.gone) = (self.queue.len(), 0);
     }
 }
 
@@ -96,7 +109,7 @@ impl Timer {
         let earliest = {
             let mut deadlines = self.shared.deadlines.lock();
             let earliest = deadlines.queue.next_due().is_none_or(|next| when < next);
-            deadlines.queue.push(when, target);
+            deadlines.push(when, target);
             earliest
         };
         if earliest || !self.is_running() {

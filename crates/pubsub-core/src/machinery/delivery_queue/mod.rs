@@ -203,6 +203,7 @@ impl DeliveryQueue {
         options: SubscribeOptions,
         on_end: impl Fn() + Send + Sync + 'static,
     ) -> Option<Subscription> {
+        let options = Arc::new(options);
         // A fan-out member's source takes up to half of its bound in one go; the other half stays open to publishers.
         let (capacity, stash) = match self.group {
             Some(_) => (options.prefetch, 0),
@@ -213,7 +214,7 @@ impl DeliveryQueue {
             if state.ended {
                 return None;
             }
-            let member = state.join(instance, Arc::new(options.clone()));
+            let member = state.join(instance, options.clone());
             self.lossy.store(state.is_lossy(), Ordering::Relaxed);
             member
         };
