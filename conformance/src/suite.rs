@@ -2,11 +2,13 @@
 
 use std::any::Any;
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -135,7 +137,7 @@ fn run_once(harness: &Arc<dyn Harness>, property: &Property, seed: u64) -> Resul
     let (done, verdict) = mpsc::channel();
     let (harness, property) = (harness.clone(), property.clone());
     let id = property.id();
-    let task = runtime.spawn(async move {
+    let run = async move {
         let fresh = harness.fresh().await.map_err(|error| format!("no fresh bus: {error}"))?;
         let ctx = Ctx::new(fresh, property.id(), seed);
         let verdict = property.start(ctx.clone()).await.map_err(|why| why.to_string());
@@ -144,13 +146,11 @@ fn run_once(harness: &Arc<dyn Harness>, property: &Property, seed: u64) -> Resul
             broken.insert(0, why);
         }
         if broken.is_empty() { Ok(()) } else { Err(broken.join("; ")) }
-    });
+    };
+    // One task, there before the property starts: some count tasks.
     runtime.spawn(async move {
-        let verdict = task.await.unwrap_or_else(|error| match error.try_into_panic() {
-            Ok(panic) => Err(format!("panicked: {}", panic_text(&*panic))),
-            Err(error) => Err(error.to_string()),
-        });
-        drop(done.send(verdict));
+        let verdict = AssertUnwindSafe(run).catch_unwind().await;
+        drop(done.send(verdict.unwrap_or_else(|panic| Err(format!("panicked: {}", panic_text(&*panic))))));
     });
     // Waiting outside the runtime notices a property that blocks its threads, too.
     let verdict = verdict.recv_timeout(limit).unwrap_or_else(|_| Err(format!("{id} did not end within {limit:?}")));

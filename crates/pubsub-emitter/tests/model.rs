@@ -266,10 +266,10 @@ impl World {
             // Retries come in any order, everything else in the order it was pushed.
             fresh.extend(local.iter().filter(|item| item.attempt > 1).chain(local.iter().find(|item| item.attempt == 1)));
         }
-        let must = !full && !(queue.returned.is_empty() && fresh.is_empty());
+        let owed = !queue.returned.is_empty() || !fresh.is_empty();
         let Some(Some(Ok(delivery))) = next else {
             assert!(next.is_none(), "slot {slot} gave {next:?}");
-            assert!(!must, "slot {slot} gave nothing, but is owed {:?} or {fresh:?}", queue.returned);
+            assert!(full || !owed, "slot {slot} gave nothing, but is owed {:?} or {fresh:?}", queue.returned);
             return;
         };
         let (event, attempt) = (*delivery.data::<u64>().unwrap(), delivery.attempt());
