@@ -45,6 +45,8 @@ struct State {
     taken: VecDeque<Sent>,
     held: InFlight<Held>,
     waker: Option<Waker>,
+    /// Whether the timer will call for the delivery that is held longest.
+    armed: bool,
     ended: bool,
     lagged: u64,
     dead_lettered: u64,
@@ -182,7 +184,9 @@ impl Member {
             AckMode::Manual => {
                 drop(self.record(What::Started(place, attempt)));
                 let since = Instant::now();
-                self.remote.timer.call_at(since + self.options.max_hold, self.me.clone());
+                if !std::mem::replace(&mut self.state.lock().armed, true) {
+                    self.remote.timer.call_at(since + self.options.max_hold, self.me.clone());
+                }
                 self.hold(Held::Remote { event: event.clone(), place, attempt, since, revoked: None }, event, attempt)
             }
         };
@@ -318,17 +322,20 @@ impl Member {
 
 impl Due for Member {
     fn due(self: Arc<Self>, now: Instant) -> Option<Instant> {
-        let hold = self.options.max_hold;
-        let since = |held: &Held| match held {
-            Held::Remote { since, .. } => Some(*since + hold),
+        let until = |held: &Held| match held {
+            Held::Remote { since, .. } => Some(*since + self.options.max_hold),
             Held::Local(_) => None,
         };
-        let until: Vec<_> = self.state.lock().held.iter().filter_map(|(token, held)| Some((token, since(held)?))).collect();
-        for (token, _) in until.iter().filter(|(_, until)| *until <= now) {
-            self.take_back(*token, "held for too long");
-        }
-        // Each hand-over asks for its own call; this is for those that were extended.
-        until.into_iter().map(|(_, until)| until).filter(|until| *until > now).min()
+        let overdue: Vec<_> = {
+            let state = self.state.lock();
+            let overdue = state.held.iter().filter(|(_, held)| until(held).is_some_and(|until| until <= now));
+            overdue.map(|(token, _)| token).collect()
+        };
+        overdue.iter().for_each(|token| self.take_back(*token, "held for too long"));
+        let mut state = self.state.lock();
+        let next = state.held.iter().filter_map(|(_, held)| until(held)).min();
+        state.armed = next.is_some();
+        next
     }
 }
 
