@@ -56,6 +56,8 @@ fn main() -> ExitCode {
 /// Every test of the workspace. Tests start the servers they need themselves, on free ports; whatever has to be installed or
 /// built once for all of them is set up here first.
 fn test() -> Outcome {
+    // The examples' tests run the built programs, which `cargo test --all-targets` builds only as tests.
+    step::run("build examples", &mut cargo(["build", "--workspace", "--examples"]))?;
     step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets"]))?;
     step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
 }
