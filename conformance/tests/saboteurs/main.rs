@@ -110,16 +110,19 @@ fn main() -> ExitCode {
             }
         }));
     }
-    let everything = "every property is failed by some saboteur (an hour; run it with --ignored)";
+    let everything = "every property is failed by some saboteur (takes half an hour: run it with --ignored)";
     trials.push(Trial::test(everything, everybody_against_everything).with_ignored_flag(true));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// Every saboteur against every property: one that nobody fails proves nothing.
+/// Every saboteur against every property that was not caught failing yet: one that nobody fails proves nothing.
 fn everybody_against_everything() -> Result<(), Failed> {
-    let mut unproven: BTreeSet<_> = registry().iter().filter(|one| one.omitted().is_none()).map(Property::id).collect();
+    let proven: BTreeSet<_> = saboteurs().iter().flat_map(|saboteur| saboteur.caught_by).copied().collect();
+    let unproven = |property: &Property| property.omitted().is_none() && !proven.contains(property.id());
+    let mut unproven: BTreeSet<_> = registry().iter().filter(|property| unproven(property)).map(Property::id).collect();
     for Saboteur { what, base, make, .. } in saboteurs() {
-        let report = Suite::new(Arc::new(SabotagedHarness::new(base.harness(), make))).run_blocking();
+        let harness = Arc::new(SabotagedHarness::new(base.harness(), make));
+        let report = Suite::new(harness).filter(|property| unproven.contains(property.id())).run_blocking();
         let failed: Vec<_> = report.failures().map(|property| property.id).collect();
         println!("{what}: {}", failed.join(" "));
         unproven.retain(|id| !failed.contains(id));

@@ -183,11 +183,8 @@ impl Member {
             }
             AckMode::Manual => {
                 drop(self.record(What::Started(place, attempt)));
-                let since = Instant::now();
-                if !std::mem::replace(&mut self.state.lock().armed, true) {
-                    self.remote.timer.call_at(since + self.options.max_hold, self.me.clone());
-                }
-                self.hold(Held::Remote { event: event.clone(), place, attempt, since, revoked: None }, event, attempt)
+                let held = Held::Remote { event: event.clone(), place, attempt, since: Instant::now(), revoked: None };
+                self.hold(held, event, attempt)
             }
         };
         Some(delivery.at(scope.clone(), Position::from(place.offset)).after_losing(*lagged))
@@ -203,9 +200,16 @@ impl Member {
     }
 
     fn hold(&self, held: Held, event: Arc<Event>, attempt: u32) -> Delivery {
-        let mut state = self.state.lock();
-        let token = state.held.insert(held);
-        self.held.send_replace(state.held.len());
+        let is_remote = matches!(held, Held::Remote { .. });
+        let (token, arm) = {
+            let mut state = self.state.lock();
+            let token = state.held.insert(held);
+            self.held.send_replace(state.held.len());
+            (token, is_remote && !std::mem::replace(&mut state.armed, true))
+        };
+        if arm {
+            self.remote.timer.call_at(Instant::now() + self.options.max_hold, self.me.clone());
+        }
         let me = self.me.upgrade().expect("called on one that is there");
         Delivery::held(event, attempt, me, token)
     }
