@@ -3,14 +3,15 @@
 use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_conformance::{Inline, InlineHandler};
 use pubsub_core::{
-    Acquired, Closed, Delivery, Event, Lease, LeaseProvider, Positions, PublishError, PublishOptions, Reach, Receipt, Result,
-    Settlement, Status, StatusWatch, SubscribeOptions, Subscription, SubscriptionHandle, Topic,
+    Acquired, Closed, Delivery, Event, Group, Lease, LeaseProvider, Positions, PublishError, PublishOptions, Reach, Receipt,
+    Result, Settlement, Status, StatusWatch, SubscribeOptions, Subscription, SubscriptionHandle, Topic,
 };
 use tokio::sync::watch;
 
@@ -24,11 +25,15 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<AlwaysDrained>("is drained while something is in hand", &["C1"], &["CL-08", "BA-07"]),
         saboteur::<FlushWaits>("waits at a flush for what is in consumers' hands", &["C1", "B6"], &["CL-08", "PS-24"]),
         saboteur::<CloseHangs>("never ends to close while a handler hangs", &["C2"], &["CL-06"]),
+        saboteur::<CloseHangs>("never ends to close while its server is away", &["C2"], &["CL-15"]).over(Base::SlowRemote),
+        saboteur::<FlushFails>("does not let itself be flushed once it is closed", &["C1", "C2"], &["CL-10"]),
         saboteur::<CloseDrops>("closes without handing over what it accepted", &["C2"], &["CL-17"]),
         saboteur::<StaysOpen>("works on after it was closed", &["C2"], &["CL-02", "CL-03"]),
         saboteur::<ClosesOnce>("fails to close twice", &["C2"], &["CL-01"]),
         saboteur::<LeavesTask>("leaves a task behind when it is closed", &["C2"], &["CL-12"]),
         saboteur::<CountsWrong>("says that a close left nothing", &["C2"], &["CL-19"]),
+        saboteur::<ObjectEach>("makes an object on the server for each fan-out subscription", &["B2"], &["CC-11"])
+            .over(Base::SlowRemote),
         saboteur::<EndsWithHandle>("ends its subscriptions with its handle", &["C3"], &["AD-12"]),
         saboteur::<TaskPerSubscription>("leaves a task behind for each subscription", &["C3"], &["CL-14", "AD-12"]),
         saboteur::<HalfPublished>("publishes half of a call that is dropped", &["C4"], &["CC-17"]),
@@ -36,6 +41,7 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<LeavesAttached>("leaves on the server what was subscribed in a dropped call", &["C4"], &["CC-03"])
             .over(Base::SlowRemote),
         saboteur::<AlwaysConnected>("says that it is connected, whatever happens", &["N1"], &["AD-10"]).over(Base::SlowRemote),
+        saboteur::<GivesUp>("stays away after the first call that went wrong", &["N1"], &["CC-12"]).over(Base::SlowRemote),
         saboteur::<EndsWhenCut>("ends subscriptions when the connection is cut", &["N1"], &["FR-01", "FR-02"])
             .over(Base::SlowRemote),
         saboteur::<Steals>("gives a lease to whoever asks", &["L1"], &["LE-02", "LE-08"]),
@@ -99,6 +105,68 @@ struct CloseHangs;
 impl Sabotage for CloseHangs {
     async fn close(&self, honest: &Honest, _: Duration) -> Result<Closed> {
         honest.close(FOREVER).await
+    }
+}
+
+#[derive(Default)]
+struct FlushFails(Mutex<bool>);
+
+#[async_trait]
+impl Sabotage for FlushFails {
+    async fn flush(&self, honest: &Honest) -> Result<()> {
+        if *self.0.lock() { Err(pubsub_core::Error::closed()) } else { honest.flush().await }
+    }
+
+    async fn close(&self, honest: &Honest, within: Duration) -> Result<Closed> {
+        *self.0.lock() = true;
+        honest.close(within).await
+    }
+}
+
+#[derive(Default)]
+struct GivesUp(AtomicBool);
+
+/// Notices a call that fails, or is given up by its caller.
+struct Watched<'a>(&'a AtomicBool, bool);
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_or(!self.1, Ordering::SeqCst);
+    }
+}
+
+#[async_trait]
+impl Sabotage for GivesUp {
+    async fn publish(
+        &self,
+        honest: &Honest,
+        topic: &Topic,
+        events: &[Arc<Event>],
+        options: PublishOptions,
+    ) -> Result<Positions, PublishError> {
+        if self.0.load(Ordering::SeqCst) {
+            return Err(PublishError::none_sent(pubsub_core::ErrorKind::Unavailable, events.len()));
+        }
+        let mut watched = Watched(&self.0, false);
+        let published = honest.publish(topic, events, options).await;
+        watched.1 = published.is_ok();
+        published
+    }
+}
+
+/// Joins a group of its own beside each fan-out subscription.
+#[derive(Default)]
+struct ObjectEach(Mutex<Vec<Subscription>>);
+
+#[async_trait]
+impl Sabotage for ObjectEach {
+    async fn subscribe(&self, honest: &Honest, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
+        if options.group.is_none() {
+            let own = Group::new(pubsub_core::EventId::random().to_string())?;
+            let beside = honest.subscribe(topic, SubscribeOptions::group(own)).await?;
+            self.0.lock().push(beside);
+        }
+        honest.subscribe(topic, options).await
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use pubsub_conformance::Job;
 use pubsub_core::{Event, Fate, Payload, Positions, PublishError, PublishOptions, ReplayIndex, Result, Timestamp, Topic};
 
 use crate::wrapper::{Counter, Honest, Parcel, Sabotage, View};
@@ -18,6 +19,8 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<HoldsBack>("says it has published while the last event waits for the next", &["P1"], &["PS-04", "GR-03"]),
         saboteur::<NoEcho>("does not publish to the publisher's own subscriptions", &["P1"], &["PS-04"]),
         saboteur::<ToOthersOnly>("forgets other instances", &["P1"], &["PS-03", "GR-06"]),
+        saboteur::<DiesTooEarly>("loses what a process published last before it died", &["P1"], &["PS-15"])
+            .over(Base::SlowRemote),
         saboteur::<FailsUnheard>("refuses to publish where nobody listens", &["P1"], &["PS-14"]),
         saboteur::<ForgetsFates>("says of nothing that it was published when a call fails half way", &["B5"], &["AD-13"]),
         saboteur::<ForgetsFates>("says of nothing that it was published when a write fails half way", &["P1"], &["AD-04"])
@@ -26,6 +29,8 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<LateFirst>("lets every fifth event overtake the one before it", &["P2"], &["OR-01", "GR-03"]),
         saboteur::<Leaks>("publishes `local_only` events to everybody", &["P4"], &["LO-02"]),
         saboteur::<LocalNowhere>("publishes `local_only` events to nobody", &["P4"], &["LO-01", "LO-04"]),
+        saboteur::<LocalAsks>("asks the server before it publishes `local_only` events", &["P4"], &["LO-15"])
+            .over(Base::SlowRemote),
         saboteur::<LocalAsText>("serialises `local_only` events", &["P4"], &["LO-03"]),
         saboteur::<Restamps>("gives each event a new id", &["P5"], &["PS-01", "PS-08", "PS-12"]),
         saboteur::<Retimes>("gives each event the time of its publishing", &["P5"], &["PS-07", "PS-12"]),
@@ -119,6 +124,30 @@ impl Sabotage for ToOthersOnly {
 pub(crate) fn discard(parcel: Parcel) -> Vec<Parcel> {
     drop(parcel.delivery.map(pubsub_core::Delivery::done));
     Vec::new()
+}
+
+#[derive(Default)]
+struct DiesTooEarly;
+
+impl Sabotage for DiesTooEarly {
+    fn job(&self, asked: Job) -> Job {
+        let mut asked = asked;
+        if let Job::Publish { count, .. } = &mut asked {
+            *count -= 1;
+        }
+        asked
+    }
+}
+
+#[derive(Default)]
+struct LocalAsks;
+
+#[async_trait]
+impl Sabotage for LocalAsks {
+    async fn publish(&self, honest: &Honest, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Published {
+        honest.flush().await.map_err(|error| PublishError::none_sent(error, events.len()))?;
+        honest.publish(topic, events, options).await
+    }
 }
 
 #[derive(Default)]

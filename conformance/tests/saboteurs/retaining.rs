@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_core::{
-    Capabilities, OnGap, Page, ReplayIndex, Result, Retention, Start, SubscribeOptions, Subscription, SubscriptionHandle,
-    Topic, TrimFilter,
+    Capabilities, Delivery, OnGap, Page, Receipt, ReplayIndex, Result, Retention, Settlement, Start, SubscribeOptions,
+    Subscription, SubscriptionHandle, Topic, TrimFilter,
 };
 
 use crate::publishing::{changed, discard};
@@ -28,6 +28,7 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<ClearsNothing>("does not forget what is cleared", &["R4"], &["CT-01"]),
         saboteur::<ClearStops>("ends subscriptions when their topic is cleared", &["R4"], &["CT-03"]),
         saboteur::<TrimsAll>("trims the runs of others, too", &["R4"], &["CT-09"]),
+        saboteur::<TrimmedComesBack>("hands out for ever what was trimmed while it was held", &["R4"], &["CT-10"]),
         saboteur::<NoCursors>("gives pages without a way on", &["B3"], &["AD-06"]),
     ];
     let mut all: Vec<_> = durable.into_iter().map(|saboteur| saboteur.over(Base::SlowRemote)).collect();
@@ -37,6 +38,8 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<TrimsUnkept>("says that it trimmed what it never kept", &["R6"], &["CT-02"]),
         saboteur::<ClearStops>("ends subscriptions when a topic is cleared that keeps nothing", &["R4"], &["CT-03"]),
         saboteur::<Boasts>("declares a history it does not have", &["K1"], &["META-2"]),
+        saboteur::<QuietRedrive>("redrives letters that it does not keep, without a word", &["K1"], &["AK-45"])
+            .over(Base::Forgetful),
         saboteur::<Modest>("declares less than it advertises", &["K1"], &["META-1"]),
     ]);
     all
@@ -215,6 +218,47 @@ impl Sabotage for TrimsAll {
             trimmed += honest.trim_topic(topic, TrimFilter::run(run)).await?;
         }
         Ok(trimmed)
+    }
+}
+
+#[derive(Default)]
+struct TrimmedComesBack(Mutex<bool>);
+
+#[async_trait]
+impl Sabotage for TrimmedComesBack {
+    async fn trim_topic(&self, honest: &Honest, topic: &Topic, filter: TrimFilter) -> Result<u64> {
+        *self.0.lock() = true;
+        honest.trim_topic(topic, filter).await
+    }
+
+    fn settle(&self, _: &View, delivery: Delivery, settlement: Settlement) -> Receipt {
+        if *self.0.lock() { delivery.release() } else { delivery.settle(settlement) }
+    }
+}
+
+/// Keeps no dead letters, and says so: no saboteur, but a bus of its kind.
+#[derive(Default)]
+pub(crate) struct Forgetful;
+
+impl Sabotage for Forgetful {
+    fn declared(&self, mut honest: Capabilities) -> Capabilities {
+        honest.dead_letter_history = false;
+        honest
+    }
+
+    fn advertised(&self, honest: Capabilities) -> Capabilities {
+        self.declared(honest)
+    }
+}
+
+/// Does not declare that it keeps letters, but says to who asks that it does.
+#[derive(Default)]
+struct QuietRedrive;
+
+impl Sabotage for QuietRedrive {
+    fn advertised(&self, mut honest: Capabilities) -> Capabilities {
+        honest.dead_letter_history = true;
+        honest
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use pubsub_conformance::Process;
 use pubsub_core::{
     AckMode, Delivery, Event, PublishOptions, Receipt, Result, RetryPolicy, Settled, Settlement, SubscribeOptions,
     Subscription, SubscriptionStatus, Topic,
@@ -43,6 +44,7 @@ pub(crate) fn saboteurs() -> Vec<Saboteur> {
         saboteur::<SilentDrop>("does not count what it drops", &["S4"], &["AK-06", "AK-46"]),
         saboteur::<HoldsForGood>("ignores `max_hold`", &["S5"], &["AK-04", "AD-07"]),
         saboteur::<Snatches>("takes from a member that is alive", &["S5"], &["AK-21"]),
+        saboteur::<Immortals>("does not notice that a member was killed", &["S5"], &["GR-13", "FR-16"]).over(Base::SlowRemote),
         saboteur::<NoExtension>("says that it extends, and does not", &["S5", "S6"], &["AK-30"]),
         saboteur::<SaysDone>("answers late settlements as if they counted", &["S6"], &["AK-29", "AD-07"]),
         saboteur::<WaitsForFlush>("settles only when it is flushed", &["S6"], &["AK-10", "AK-11"]),
@@ -331,6 +333,17 @@ struct Snatches;
 impl Sabotage for Snatches {
     async fn subscribe(&self, honest: &Honest, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         honest.subscribe(topic, options.max_hold(Duration::from_millis(20))).await
+    }
+}
+
+#[derive(Default)]
+struct Immortals;
+
+#[async_trait]
+impl Sabotage for Immortals {
+    async fn kill(&self, process: Box<dyn Process>) -> Result<()> {
+        std::mem::forget(process);
+        Ok(())
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::StreamExt;
 use parking_lot::Mutex;
-use pubsub_conformance::{Faults, Harness, Inline, InlineHandler, Probe, Processes, Raw, Timing};
+use pubsub_conformance::{Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing};
 use pubsub_core::machinery::InFlight;
 use pubsub_core::{
     AckMode, Capabilities, Closed, Control, Cursor, Delivery, Event, LeaseProvider, Page, Positions, PubSub, PublishError,
@@ -122,6 +122,16 @@ pub(crate) trait Sabotage: Send + Sync + 'static {
 
     /// The handle of the bus is dropped.
     fn handle_dropped(&self) {}
+
+    /// What another process is asked to do.
+    fn job(&self, asked: Job) -> Job {
+        asked
+    }
+
+    /// Another process is killed.
+    async fn kill(&self, process: Box<dyn Process>) -> Result<()> {
+        process.kill().await
+    }
 
     fn subscribe_inline(&self, honest: &dyn Inline, topic: &Topic, handler: InlineHandler) -> Result<Box<dyn Any + Send>> {
         honest.subscribe(topic, handler)
@@ -414,7 +424,7 @@ impl Harness for SabotagedHarness {
     }
 
     fn processes(&self) -> Option<&dyn Processes> {
-        self.base.processes()
+        self.base.processes().map(|_| self as &dyn Processes)
     }
 
     fn raw(&self) -> Option<&dyn Raw> {
@@ -423,6 +433,26 @@ impl Harness for SabotagedHarness {
 
     fn inline(&self) -> Option<&dyn Inline> {
         self.base.inline().map(|_| self as &dyn Inline)
+    }
+}
+
+#[async_trait]
+impl Processes for SabotagedHarness {
+    async fn start(&self, job: Job) -> Result<Box<dyn Process>> {
+        let process = self.base.processes().expect("asked before").start(self.sabotage.job(job)).await?;
+        Ok(Box::new(SabotagedProcess { process, sabotage: self.sabotage.clone() }))
+    }
+}
+
+struct SabotagedProcess {
+    process: Box<dyn Process>,
+    sabotage: Arc<dyn Sabotage>,
+}
+
+#[async_trait]
+impl Process for SabotagedProcess {
+    async fn kill(self: Box<Self>) -> Result<()> {
+        self.sabotage.kill(self.process).await
     }
 }
 
