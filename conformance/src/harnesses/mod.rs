@@ -1,10 +1,12 @@
 //! The backends of this workspace as harnesses.
 
+mod cached;
 mod emitter;
 mod slow_remote;
 
 use std::sync::Arc;
 
+pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
 pub use slow_remote::SlowRemoteHarness;
 
@@ -15,5 +17,8 @@ const SEED: u64 = 0x510;
 
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    vec![Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict()), Arc::new(SlowRemoteHarness::new(SEED))]
+    let backends: [Arc<dyn Harness>; 3] =
+        [Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict()), Arc::new(SlowRemoteHarness::new(SEED))];
+    let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
+    backends.into_iter().chain(cached).collect()
 }

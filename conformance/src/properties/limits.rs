@@ -351,7 +351,7 @@ async fn unsupported(ctx: Ctx) -> Verdict {
         (member(), &[Capability::Groups]),
         (member().start(Start::Earliest), &[Capability::Groups, Capability::DurableGroups]),
         (member().start(after), &[Capability::Groups, Capability::DurableGroups]),
-        (member().start(Start::Index(0)), &[Capability::Groups, Capability::Index]),
+        (member().start(Start::Index(0)), &[Capability::Groups, Capability::Index, Capability::DurableGroups]),
     ];
     for (options, needed) in calls {
         let what = format!("{:?} from {:?}", options.group, options.start);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pubsub_core::{Bus, Capability, Event, LossNotice, Message, Start, Topic, TrimFilter};
+use pubsub_core::{Bus, Capability, Event, EventId, LossNotice, Message, Start, Topic, TrimFilter};
 use serde_json::{Value, json};
 
 use crate::oracle::{Recorder, exactly_once, ids};
@@ -229,22 +229,29 @@ async fn bounded(ctx: Ctx) -> Verdict {
     exactly_once(&ids(&sent[sent.len() - kept..]), &ctx.collect_done(&mut early, kept).await?)?;
     if let Some(group) = lagging {
         let mut member = ctx.subscribe(&bus, &topic, ctx.member(&group)).await?;
-        is_told(&ctx, &mut member, &sent, kept).await?;
+        let fence = ctx.fence(&bus, &topic).await?;
+        is_told(&ctx, &mut member, &sent, &fence).await?;
     }
     Ok(())
 }
 
-/// Holds a member that reads what is left to being told of what is not, as its backend declares.
-async fn is_told(ctx: &Ctx, member: &mut pubsub_core::Subscription, sent: &[Arc<Event>], kept: usize) -> Verdict {
+/// Holds a member that reads what is left to having lost only the oldest, and to being told of them, as its backend declares. Over a
+/// decorator the history may have more than is left for the group.
+async fn is_told(ctx: &Ctx, member: &mut pubsub_core::Subscription, sent: &[Arc<Event>], fence: &EventId) -> Verdict {
     let (mut seen, mut lagged) = (Vec::new(), 0);
-    for _ in 0..kept {
-        let delivery = ctx.next(member).await.map_err(|why| why.at(format!("after {} of {kept}", seen.len())))?;
+    loop {
+        let delivery = ctx.next(member).await.map_err(|why| why.at(format!("after {}", seen.len())))?;
         lagged += delivery.lagged();
-        seen.push(delivery.event().id().clone());
+        let id = delivery.event().id().clone();
         drop(delivery.done());
+        if id == *fence {
+            break;
+        }
+        seen.push(id);
     }
-    let lost = (sent.len() - kept) as u64;
-    exactly_once(&ids(&sent[sent.len() - kept..]), &seen).map_err(|why| why.at("what a group that lost some reads"))?;
+    ensure!(seen.len() < sent.len(), "nothing was lost");
+    let lost = (sent.len() - seen.len()) as u64;
+    exactly_once(&ids(&sent[sent.len() - seen.len()..]), &seen).map_err(|why| why.at("what a group that lost some reads"))?;
     match ctx.capabilities().loss_notice {
         LossNotice::Counted => ensure_eq!(lagged, lost, "how many the group is told it lost"),
         LossNotice::Noticed => ensure!(lagged > 0, "the group is not told that it lost {lost}"),

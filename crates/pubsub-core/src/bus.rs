@@ -13,8 +13,8 @@ use tokio::task::JoinHandle;
 use crate::dead_letter::{REDRIVE_GROUP, redriven};
 use crate::subscription::Nudge;
 use crate::{
-    Capabilities, Capability, Closed, Cursor, Error, Event, Failure, Group, LeaseProvider, Message, Page, Positions, PubSub,
-    PublishError, PublishOptions, Result, RetryPolicy, RunReport, Start, StatusWatch, SubscribeOptions, Subscription,
+    Capabilities, Capability, Closed, Cursor, Error, Event, Failure, Group, LeaseProvider, Message, Overflow, Page, Positions,
+    PubSub, PublishError, PublishOptions, Result, RetryPolicy, RunReport, Start, StatusWatch, SubscribeOptions, Subscription,
     SubscriptionHandle, Topic, TopicStatus, TrimFilter, with_leases,
 };
 
@@ -35,6 +35,11 @@ impl<P: PubSub> From<P> for Bus {
 
 fn topic<T: TryInto<Topic, Error: Into<Error>>>(topic: T) -> Result<Topic> {
     topic.try_into().map_err(Into::into)
+}
+
+/// Fan-out from an earlier start. Its source retains, so no publisher has to wait for it.
+fn replaying(start: Start) -> SubscribeOptions {
+    SubscribeOptions::fan_out().start(start).overflow(Overflow::DropOldest)
 }
 
 impl Bus {
@@ -144,13 +149,17 @@ impl Bus {
 
     /// Subscribes to everything that is retained, then to what comes: no gap, no repeat.
     ///
+    /// It makes no publisher wait ([`Overflow::DropOldest`]): what a slow consumer misses live, it reads from what is retained.
+    ///
     /// # Errors
     /// `Unsupported` where nothing is retained; else as [`PubSub::subscribe`].
     pub async fn subscribe_with_replay<T: TryInto<Topic, Error: Into<Error>>>(&self, to: T) -> Result<Subscription> {
-        self.subscribe_with(to, SubscribeOptions::fan_out().start(Start::Earliest)).await
+        self.subscribe_with(to, replaying(Start::Earliest)).await
     }
 
     /// Subscribes from the event with this dense index on.
+    ///
+    /// It makes no publisher wait ([`Overflow::DropOldest`]): what a slow consumer misses live, it reads from what is retained.
     ///
     /// # Errors
     /// `Unsupported` where events have no index, `Gap` if it is gone; else as [`PubSub::subscribe`].
@@ -159,15 +168,17 @@ impl Bus {
         to: T,
         index: u64,
     ) -> Result<Subscription> {
-        self.subscribe_with(to, SubscribeOptions::fan_out().start(Start::Index(index))).await
+        self.subscribe_with(to, replaying(Start::Index(index))).await
     }
 
     /// Subscribes right behind a cursor.
     ///
+    /// It makes no publisher wait ([`Overflow::DropOldest`]): what a slow consumer misses live, it reads from what is retained.
+    ///
     /// # Errors
     /// `Gap` if the position is gone; else as [`PubSub::subscribe`].
     pub async fn subscribe_after<T: TryInto<Topic, Error: Into<Error>>>(&self, to: T, cursor: Cursor) -> Result<Subscription> {
-        self.subscribe_with(to, SubscribeOptions::fan_out().start(Start::After(cursor))).await
+        self.subscribe_with(to, replaying(Start::After(cursor))).await
     }
 
     /// Subscribes with options.

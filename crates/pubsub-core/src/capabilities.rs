@@ -110,6 +110,13 @@ pub enum Deduplication {
         /// How long a repeat is recognised, if that is bounded.
         age: Option<Duration>,
     },
+    /// The same for what is retained and for fan-out subscriptions. A group may get the event once for each publish.
+    Retained {
+        /// How many events back a repeat is recognised, if that is bounded.
+        events: Option<u64>,
+        /// How long a repeat is recognised, if that is bounded.
+        age: Option<Duration>,
+    },
 }
 
 /// What one backend, as configured, can do. Non-exhaustive: start from [`Capabilities::in_process`] and change what differs.
@@ -192,7 +199,7 @@ impl Capabilities {
             Capability::NetworkReach => self.reach >= Reach::Network,
             Capability::SurvivesProcessDeath => self.durability >= Durability::ProcessDeath,
             Capability::SurvivesHostDeath => self.durability >= Durability::Server,
-            Capability::Deduplication => self.deduplication != Deduplication::None,
+            Capability::Deduplication => matches!(self.deduplication, Deduplication::Window { .. }),
             Capability::KeepsIdentity => self.keeps_identity,
         }
     }
@@ -239,7 +246,7 @@ pub enum Capability {
     SurvivesProcessDeath,
     /// What was published outlives the publishing host.
     SurvivesHostDeath,
-    /// A repeated publish of one event is one event.
+    /// A repeated publish of one event is one event, for everybody.
     Deduplication,
     /// Ids and times arrive as they were stamped.
     KeepsIdentity,

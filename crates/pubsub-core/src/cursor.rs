@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use crate::{Error, ErrorKind, Event};
+use crate::{Error, ErrorKind, Event, Start};
 
 /// The history that positions count in: one topic of one bus, in one generation.
 ///
@@ -44,6 +44,27 @@ impl Scope {
             Err(Gap::OtherGeneration)
         } else {
             Ok(cursor.position)
+        }
+    }
+
+    /// The first position to read of a log that counts densely, still has what is at `floor` and above, and gives `next` to what
+    /// comes; for backends.
+    ///
+    /// # Errors
+    /// The [`Gap`] that says why `start` cannot be resumed from.
+    pub fn first_of(&self, start: &Start, floor: u64, next: u64) -> Result<u64, Gap> {
+        let from = match start {
+            Start::Latest => return Ok(next),
+            Start::Earliest => return Ok(floor),
+            Start::Index(index) => *index,
+            Start::After(cursor) => self.admits(cursor)?.major.saturating_add(1),
+        };
+        if from > next {
+            Err(Gap::Ahead)
+        } else if from < floor {
+            Err(Gap::Trimmed { missed: Some(floor - from) })
+        } else {
+            Ok(from)
         }
     }
 }
@@ -180,6 +201,17 @@ pub struct Page {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dense_log_is_resumed_where_it_still_is() {
+        let scope = Arc::new(Scope::new("orders", "1").unwrap());
+        let after = |major: u64| Start::After(Cursor::new(scope.clone(), major));
+        let first = |start| scope.first_of(&start, 3, 7);
+        assert_eq!((first(Start::Earliest), first(Start::Latest)), (Ok(3), Ok(7)));
+        assert_eq!((first(after(2)), first(after(6)), first(Start::Index(7))), (Ok(3), Ok(7), Ok(7)));
+        assert_eq!((first(after(7)), first(Start::Index(8))), (Err(Gap::Ahead), Err(Gap::Ahead)));
+        assert_eq!(first(after(0)), Err(Gap::Trimmed { missed: Some(2) }));
+    }
 
     #[test]
     fn cursors_print_and_read_back() {

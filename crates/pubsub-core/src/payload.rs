@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::io;
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
@@ -25,6 +26,7 @@ enum Repr {
 /// A value that stays a value inside the process and becomes JSON once, when first asked for.
 trait Typed: Send + Sync {
     fn json(&self) -> &Result<Bytes, String>;
+    fn json_len(&self) -> Result<usize, String>;
     fn round_trip(&self) -> Result<(), String>;
     fn value(&self) -> &(dyn Any + Send + Sync);
 }
@@ -38,9 +40,32 @@ fn encode<T: Serialize>(value: &T) -> Result<Bytes, String> {
     serde_json::to_vec(value).map(Bytes::from).map_err(|error| error.to_string())
 }
 
+/// Counts what is written.
+struct Counted(usize);
+
+impl io::Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> Typed for Cell<T> {
     fn json(&self) -> &Result<Bytes, String> {
         self.json.get_or_init(|| encode(&self.value))
+    }
+
+    fn json_len(&self) -> Result<usize, String> {
+        if let Some(json) = self.json.get() {
+            return json.as_ref().map(Bytes::len).map_err(Clone::clone);
+        }
+        let mut counted = Counted(0);
+        serde_json::to_writer(&mut counted, &self.value).map_err(|error| error.to_string())?;
+        Ok(counted.0)
     }
 
     fn round_trip(&self) -> Result<(), String> {
@@ -110,6 +135,18 @@ impl Payload {
     /// Whether this payload can only be published `local_only`.
     pub fn is_live(&self) -> bool {
         matches!(self.0, Repr::Live(_))
+    }
+
+    /// How many bytes [`to_json`](Self::to_json) has. A typed value that was not written yet is only measured: nothing is kept.
+    ///
+    /// # Errors
+    /// As [`to_json`](Self::to_json).
+    pub fn json_len(&self) -> Result<usize> {
+        let refuse = |why: String| Error::new(ErrorKind::NotSerializable(why.into()));
+        match &self.0 {
+            Repr::Typed(cell) => cell.json_len().map_err(refuse),
+            _ => self.to_json().map(|json| json.len()),
+        }
     }
 
     /// The payload as JSON; written once, then kept.
@@ -231,6 +268,15 @@ mod tests {
         assert!(matches!(payload.get::<Vec<u32>>().unwrap(), Data::Borrowed(_)));
         assert_eq!(*payload.get::<Vec<u64>>().unwrap(), [1, 2]);
         assert_eq!(payload.to_json().unwrap().as_ptr(), payload.to_json().unwrap().as_ptr());
+    }
+
+    #[test]
+    fn is_measured_as_it_is_written() {
+        for payload in [Payload::null(), Payload::typed("\u{1}ä".to_owned()), Payload::json("[1, 2]").unwrap()] {
+            let measured = payload.json_len().unwrap();
+            assert_eq!((measured, payload.json_len().unwrap()), (payload.to_json().unwrap().len(), measured));
+        }
+        assert!(Payload::live(Arc::new(1)).json_len().is_err());
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Subscription {
         let Self { source, handle, .. } = self;
         handle.stop();
         drop(source);
-        handle.0.control.stopped().await;
+        handle.stopped().await;
     }
 
     pub(crate) fn nudge(&self) -> Arc<Nudge> {
@@ -112,8 +112,9 @@ impl Subscription {
         self.options.ack_mode.unwrap_or(usual)
     }
 
-    /// The next delivery that passes the filter, settled as `mode` says.
-    pub(crate) fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+    /// The next delivery that passes the filter, settled as `mode` says whatever [`ack_mode`](SubscribeOptions::ack_mode) is; for
+    /// decorators that read one subscription to feed another. Everybody else reads the stream.
+    pub fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -171,6 +172,11 @@ impl SubscriptionHandle {
     /// Ends the subscription: its stream yields nothing more. Idempotent; may be called from its own handler.
     pub fn stop(&self) {
         self.0.control.stop();
+    }
+
+    /// Waits until nothing more can arrive after [`stop`](Self::stop). Cancel safe.
+    pub async fn stopped(&self) {
+        self.0.control.stopped().await;
     }
 
     /// Waits until nothing is queued, held by the consumer, or due to come back; partial batches are made due at once.

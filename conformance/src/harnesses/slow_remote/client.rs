@@ -354,16 +354,18 @@ impl fmt::Debug for SlowRemote {
     }
 }
 
-/// An event as it travels. The index is the server's to give.
+/// An event as it travels. An index it has is a decorator's, and stays.
 pub(super) fn store(event: &Event) -> Result<Stored> {
-    let encoded = event.check_size(MAX_PAYLOAD).and_then(|()| wire::encode(&event.clone().with_index(None)));
+    let encoded = event.check_size(MAX_PAYLOAD).and_then(|()| wire::encode(event));
     let json = Bytes::from(encoded.map_err(|error| error.on(event.id()))?);
     Ok(Stored { id: event.id().clone(), created_at: event.created_at(), json })
 }
 
 pub(super) fn decode(sent: &Sent) -> Result<Event> {
-    let index = ReplayIndex { generation: sent.place.generation, index: sent.place.offset };
-    Ok(wire::decode(&sent.stored.json, None)?.event.with_index(Some(index)))
+    let event = wire::decode(&sent.stored.json, None)?.event;
+    let own = ReplayIndex { generation: sent.place.generation, index: sent.place.offset };
+    let index = event.index().unwrap_or(own);
+    Ok(event.with_index(Some(index)))
 }
 
 /// Sends what was recorded, in batches, until nobody is left to record anything.

@@ -233,8 +233,8 @@ impl Source for RemoteSource {
             };
         }
         let Some(delivery) = ready!(self.inner.poll_next_unpin(cx)).transpose()? else { return Poll::Ready(None) };
-        let at = delivery.event().index().filter(|_| delivery.attempt() == 1);
-        let lagged = delivery.lagged() + at.and_then(|at| lost.lock().remove(&at.index)).unwrap_or(0);
+        let at = delivery.cursor().filter(|_| delivery.attempt() == 1);
+        let lagged = delivery.lagged() + at.and_then(|at| lost.lock().remove(&at.position().major)).unwrap_or(0);
         Poll::Ready(Some(Ok(settled_if(mode, delivery).after_losing(lagged))))
     }
 }

@@ -1,0 +1,19 @@
+//! The replay decorator over the other backends, held to every property.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use pubsub_conformance::harnesses::{CachedHarness, EmitterHarness, SlowRemoteHarness};
+
+fn main() -> ExitCode {
+    let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
+    pubsub_conformance::main(
+        Some(&expectations),
+        [
+            Arc::new(CachedHarness::over(Arc::new(EmitterHarness::plain()))) as _,
+            Arc::new(CachedHarness::over(Arc::new(EmitterHarness::strict()))) as _,
+            Arc::new(CachedHarness::over(Arc::new(SlowRemoteHarness::new(0xcac)))) as _,
+        ],
+    )
+}

@@ -1,0 +1,493 @@
+//! The decorator: any bus, with indices, a history and replay from a store.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use pubsub_core::machinery::Timer;
+use pubsub_core::{
+    Capabilities, Closed, Control, Deduplication, Error, ErrorKind, Event, Fate, LeaseProvider, OnGap, Page, Positions, PubSub,
+    PublishError, PublishOptions, Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus,
+    TrimFilter,
+};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::carried::Carried;
+use crate::letters::Letters;
+use crate::place::{Scopes, first_of, history};
+use crate::sequence::Sequence;
+use crate::watch::{Held, Log, PAGE, Watch, Watched};
+use crate::{CachingBuilder, Generation, LogPage, OnStoreFailure, ServerCache};
+
+/// Any bus, with a dense index for each event, a history, and replay. Clones are the same instance; see the [crate](crate) for what
+/// it promises.
+#[derive(Clone)]
+pub struct CachingPubSub(Arc<Instance>);
+
+struct Instance {
+    inner: Arc<dyn PubSub>,
+    store: Arc<dyn ServerCache>,
+    config: CachingBuilder,
+    capabilities: Capabilities,
+    scopes: Scopes,
+    timer: Mutex<Option<Arc<Timer>>>,
+    next: AtomicU64,
+    watches: Mutex<Watches>,
+    is_closed: AtomicBool,
+    uncached: AtomicU64,
+    me: Weak<Self>,
+}
+
+#[derive(Default)]
+struct Watches {
+    open: HashMap<u64, (Topic, Arc<Watched>)>,
+    /// Set once by the first `close`; says what it left when it has ended.
+    closing: Option<watch::Receiver<Option<Result<Closed, ErrorKind>>>>,
+}
+
+/// What became of appending.
+enum Kept {
+    Yes(Vec<Arc<Event>>),
+    /// The store failed, and live delivery goes on.
+    No,
+}
+
+impl CachingPubSub {
+    /// A bus over another and a store, with the default configuration.
+    pub fn new(inner: Arc<dyn PubSub>, store: Arc<dyn ServerCache>) -> Self {
+        Self::builder(inner, store).build().expect("the default configuration is valid")
+    }
+
+    /// Configures a bus over another and a store.
+    pub fn builder(inner: Arc<dyn PubSub>, store: Arc<dyn ServerCache>) -> CachingBuilder {
+        CachingBuilder::new(inner, store)
+    }
+
+    pub(crate) fn over(inner: Arc<dyn PubSub>, store: Arc<dyn ServerCache>, config: CachingBuilder) -> Self {
+        let mut capabilities = inner.capabilities();
+        capabilities.retention = Retention::History;
+        capabilities.indexed = true;
+        capabilities.deduplication = deduplication(capabilities.deduplication, store.deduplication());
+        Self(Arc::new_cyclic(|me| Instance {
+            inner,
+            store,
+            config,
+            capabilities,
+            scopes: Scopes::default(),
+            timer: Mutex::default(),
+            next: AtomicU64::new(0),
+            watches: Mutex::default(),
+            is_closed: AtomicBool::new(false),
+            uncached: AtomicU64::new(0),
+            me: me.clone(),
+        }))
+    }
+
+    /// The bus below.
+    pub fn inner(&self) -> &Arc<dyn PubSub> {
+        &self.0.inner
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn ServerCache> {
+        &self.0.store
+    }
+
+    /// How many events this instance has published that should have been kept and were not, because the store failed
+    /// ([`OnStoreFailure::Continue`]).
+    pub fn uncached(&self) -> u64 {
+        self.0.uncached.load(Ordering::Relaxed)
+    }
+}
+
+/// What a repeat comes to over both: the bus below spares groups as far as it recognises repeats, the store spares everybody else.
+fn deduplication(below: Deduplication, store: Deduplication) -> Deduplication {
+    let window = |kind| match kind {
+        Deduplication::Window { events, age } | Deduplication::Retained { events, age } => (events, age),
+        _ => (Some(0), None),
+    };
+    let least = |a: Option<_>, b: Option<_>| a.into_iter().chain(b).min();
+    let (events, age) = window(store);
+    match below {
+        Deduplication::Window { events: below, age: since } => {
+            Deduplication::Window { events: least(events, below), age: age.into_iter().chain(since).min() }
+        }
+        _ => Deduplication::Retained { events, age },
+    }
+}
+
+impl Instance {
+    fn caches(&self, topic: &Topic) -> bool {
+        self.config.should_cache.as_ref().is_none_or(|wanted| wanted(topic))
+    }
+
+    fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
+        if self.is_closed.load(Ordering::Acquire) { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
+    }
+
+    fn log(&self, topic: &Topic) -> Log {
+        let (timeout, on_failure) = (self.config.store_timeout, self.config.on_store_failure);
+        Log { store: self.store.clone(), topic: topic.clone(), timeout, on_failure }
+    }
+
+    fn timer(&self) -> Result<Arc<Timer>> {
+        let mut timer = self.timer.lock();
+        match &*timer {
+            Some(timer) => {
+                timer.go_on(); // a bus may outlive the runtime it was first used on
+                Ok(timer.clone())
+            }
+            None => Ok(timer.insert(Arc::new(Timer::new()?)).clone()),
+        }
+    }
+
+    /// Refuses what the bus below would refuse, before anything of it is kept, and makes payloads plain JSON where they have to be.
+    fn prepare(&self, events: &[Arc<Event>], options: &PublishOptions) -> Result<Option<Vec<Arc<Event>>>> {
+        options.validate()?;
+        for event in events {
+            if event.payload().is_live() {
+                let why = "a live value is published only with `local_only`";
+                return Err(Error::new(ErrorKind::NotSerializable(why.into())).on(event.id()));
+            }
+            if let Some(limit) = self.capabilities.max_payload {
+                event.check_size(limit).map_err(|error| error.on(event.id()))?;
+            }
+        }
+        if !self.capabilities.strict_payloads {
+            return Ok(None);
+        }
+        let strict = |event: &Arc<Event>| {
+            let payload = event.payload().strict().map_err(|error| error.on(event.id()))?;
+            Ok(Arc::new(Event::clone(event).with_payload(payload)))
+        };
+        events.iter().map(strict).collect::<Result<_>>().map(Some)
+    }
+
+    /// What an append came to, or the error that the publish is to fail with.
+    fn judge(&self, topic: &Topic, count: usize, appended: Result<Vec<Arc<Event>>>) -> Result<Kept, PublishError> {
+        let error = match appended {
+            Ok(kept) => return Ok(Kept::Yes(kept)),
+            Err(error) => error.during("append").on(topic),
+        };
+        // The event's fault: no store would take it.
+        let refused = matches!(error.kind(), ErrorKind::NotSerializable(_) | ErrorKind::TooLarge { .. });
+        if refused {
+            return Err(PublishError::none_sent(error, count));
+        }
+        match self.config.on_store_failure {
+            OnStoreFailure::Fail => {
+                // Where no answer came, the events may be in the log after all.
+                let fate = if error.is_retryable() { Fate::Unknown } else { Fate::NotSent };
+                Err(PublishError::new(error, vec![fate; count]))
+            }
+            OnStoreFailure::Continue => {
+                let before = self.uncached.fetch_add(count as u64, Ordering::Relaxed);
+                // The first of each thousand: an outage must not flood the log.
+                if before / 1000 != (before + count as u64) / 1000 || before == 0 {
+                    tracing::warn!(%topic, %error, uncached = before + count as u64, "the store fails: events go out without an index");
+                }
+                Ok(Kept::No)
+            }
+        }
+    }
+
+    /// What publishing came to for events that are kept.
+    fn conclude(
+        &self,
+        topic: &Topic,
+        kept: &[Arc<Event>],
+        published: Result<Positions, PublishError>,
+    ) -> Result<Positions, PublishError> {
+        let error = match published {
+            Ok(_) => return Ok(self.scopes.positions(topic, kept)),
+            Err(error) => error,
+        };
+        // What did not go out is in the log, where those who watch find it: nobody can say that nobody will see it.
+        self.tell_watches(topic, kept);
+        let fate = |fate: &Fate| if *fate == Fate::NotSent { Fate::Unknown } else { *fate };
+        let fates = error.fates().iter().map(fate).collect();
+        Err(PublishError::new(Error::from(error), fates))
+    }
+
+    /// Makes this instance's watches look for these events in the log.
+    fn tell_watches(&self, topic: &Topic, kept: &[Arc<Event>]) {
+        let Some(last) = kept.iter().filter_map(|event| event.index()).max_by_key(|place| place.index) else { return };
+        let watching = |(of, watched): &(Topic, Arc<Watched>)| (of == topic).then(|| watched.clone());
+        let watches: Vec<_> = self.watches.lock().open.values().filter_map(watching).collect();
+        for watched in watches {
+            watched.known(Generation::from_index(last.generation), last.index + 1);
+        }
+    }
+
+    /// Keeps events, and publishes them as kept.
+    async fn keep_and_publish(
+        self: Arc<Self>,
+        topic: Topic,
+        events: Vec<Arc<Event>>,
+        options: PublishOptions,
+    ) -> Result<Positions, PublishError> {
+        let appended = tokio::time::timeout(self.config.store_timeout, self.store.append(&topic, &events)).await;
+        let appended = appended.unwrap_or_else(|_| Err(ErrorKind::Timeout.into()));
+        match self.judge(&topic, events.len(), appended)? {
+            Kept::Yes(kept) => self.publish_kept(topic, kept, options).await,
+            Kept::No => self.inner.publish(&topic, &events, options).await.map(|_| Positions::none()),
+        }
+    }
+
+    async fn publish_kept(
+        self: Arc<Self>,
+        topic: Topic,
+        kept: Vec<Arc<Event>>,
+        options: PublishOptions,
+    ) -> Result<Positions, PublishError> {
+        let published = self.inner.publish(&topic, &kept, options).await;
+        self.conclude(&topic, &kept, published)
+    }
+
+    /// A fan-out subscription on a topic that is kept.
+    async fn watch(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
+        let timer = self.timer()?;
+        let mut below = options.clone();
+        (below.filter, below.ack_mode, below.on_gap) = (None, None, OnGap::Fail);
+        below.start = options.start.clone().filter(|start| *start == Start::Latest);
+        let inner = self.inner.subscribe(topic, below).await?;
+
+        // From here on whatever is published is in the log or comes live, or both.
+        let log = self.log(topic);
+        let start = options.start.clone().unwrap_or(Start::Latest);
+        let sequence = self.begin(&log, &start, options.on_gap).await.map_err(|error| error.during("subscribe").on(topic))?;
+
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let me = self.me.clone();
+        let forget = move || {
+            if let Some(instance) = me.upgrade() {
+                let gone = instance.watches.lock().open.remove(&number);
+                drop(gone); // it may be the last
+            }
+        };
+        let watched = Arc::new(Watched::new(inner.handle(), forget));
+        {
+            let mut watches = self.watches.lock();
+            if watches.closing.is_some() {
+                return Err(Error::closed().during("subscribe").on(topic));
+            }
+            watches.open.insert(number, (topic.clone(), watched.clone()));
+        }
+        let mut held = options.clone();
+        held.filter = None; // the subscription made below filters
+        let held = Held::new(held, timer, Arc::new(Letters(self.inner.clone())));
+        let source = Watch::new(watched.clone(), inner, log, sequence, held);
+        Ok(Subscription::new(topic.clone(), options, Box::new(source), watched))
+    }
+
+    /// Where a watch begins.
+    async fn begin(&self, log: &Log, start: &Start, on_gap: OnGap) -> Result<Sequence> {
+        let head = match (log.read_once(0, 0).await, start) {
+            (Ok(head), _) => head,
+            (Err(error), Start::Latest) if log.on_failure == OnStoreFailure::Continue => {
+                tracing::warn!(topic = %log.topic, %error, "the store does not answer: a subscription begins with what comes live");
+                return Ok(Sequence::adrift());
+            }
+            (Err(error), _) => return Err(error),
+        };
+        let from = match (first_of(&log.topic, start, &head), on_gap) {
+            (Ok(from), _) => from,
+            (Err(_), OnGap::Earliest) => head.floor,
+            (Err(gap), OnGap::Fail) => return Err(ErrorKind::Gap(gap).into()),
+        };
+        let mut sequence = Sequence::starting(head.generation, from, head.next);
+        if sequence.wants().is_some() {
+            // The first page in the call itself: what cannot be replayed refuses the subscription.
+            sequence.page(from, log.read_once(from, PAGE).await?, PAGE);
+        }
+        Ok(sequence)
+    }
+
+    /// Closes the bus below and ends every watch, within the time.
+    async fn end(self: Arc<Self>, watches: Vec<Arc<Watched>>, within: Duration) -> Result<Closed, ErrorKind> {
+        let until = Instant::now() + within;
+        let relieved = async {
+            let relieved = futures::future::join_all(watches.iter().map(|watched| watched.relieved()));
+            drop(tokio::time::timeout_at(until, relieved).await);
+        };
+        let (closed, ()) = futures::future::join(self.inner.close(within), relieved).await;
+        // What the bus below has handed over last may just have come here.
+        let relieved = futures::future::join_all(watches.iter().map(|watched| watched.relieved()));
+        drop(tokio::time::timeout_at(until, relieved).await);
+        let released: u64 = watches.iter().map(|watched| watched.unread()).sum();
+        watches.iter().for_each(|watched| watched.stop());
+        let cut_off: u64 = watches.iter().map(|watched| watched.revoke()).sum();
+        let mut closed = closed.map_err(|error| error.kind().clone())?;
+        (closed.released, closed.cut_off) = (closed.released + released, closed.cut_off + cut_off);
+        Ok(closed)
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl PubSub for CachingPubSub {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities.clone()
+    }
+
+    async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
+        // A publisher that never has to wait must let others run now and then.
+        tokio::task::consume_budget().await;
+        let instance = &self.0;
+        if options.local_only || events.is_empty() || !instance.caches(topic) {
+            return instance.inner.publish(topic, events, options).await;
+        }
+        let checked = instance.check_open("publish", topic).and_then(|()| instance.prepare(events, &options));
+        let prepared = checked.map_err(|error| PublishError::none_sent(error.during("publish").on(topic), events.len()))?;
+        let events = prepared.as_deref().unwrap_or(events);
+        let Some(appended) = instance.store.append_now(topic, events) else {
+            return Carried::new(instance.clone().keep_and_publish(topic.clone(), events.to_vec(), options)).await;
+        };
+        match instance.judge(topic, events.len(), appended)? {
+            Kept::No => instance.inner.publish(topic, events, options).await.map(|_| Positions::none()),
+            Kept::Yes(kept) => match instance.inner.publish_now(topic, &kept, &options) {
+                Some(published) => instance.conclude(topic, &kept, published),
+                None => Carried::new(instance.clone().publish_kept(topic.clone(), kept, options)).await,
+            },
+        }
+    }
+
+    fn publish_now(
+        &self,
+        topic: &Topic,
+        events: &[Arc<Event>],
+        options: &PublishOptions,
+    ) -> Option<Result<Positions, PublishError>> {
+        // What is kept may have to wait for the bus below once it is in the log.
+        let passes = options.local_only || !self.0.caches(topic);
+        passes.then(|| self.0.inner.publish_now(topic, events, options)).flatten()
+    }
+
+    async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
+        self.0.check_open("subscribe", topic)?;
+        let kept = self.0.caches(topic);
+        if kept && (options.group.is_none() || matches!(options.start, Some(Start::Index(_)))) {
+            options.validate(topic, &self.0.capabilities)?;
+        }
+        if !kept || options.group.is_some() {
+            return self.0.inner.subscribe(topic, options).await;
+        }
+        self.0.watch(topic, options).await
+    }
+
+    async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
+        self.0.check_open("history", topic)?;
+        if !self.0.caches(topic) {
+            return self.0.inner.history(topic, from, limit).await;
+        }
+        let log = self.0.log(topic);
+        let read = async {
+            let head = log.read_once(0, 0).await?;
+            if head.generation.is_none()
+                && let Ok(page) = self.0.inner.history(topic, from.clone(), limit).await
+                && page.head.is_some()
+            {
+                return Ok(page); // dead letters, which the bus below keeps by itself
+            }
+            let first = first_of(topic, &from, &head).map_err(ErrorKind::Gap)?;
+            if limit == 0 || first >= head.next {
+                return Ok(history(topic, head, limit));
+            }
+            let page = log.read_once(first, limit).await?;
+            if page.generation != head.generation {
+                return Ok(history(topic, LogPage { events: Vec::new(), ..page }, limit)); // cleared just now
+            }
+            if page.floor > first && from != Start::Earliest {
+                return Err(ErrorKind::Gap(pubsub_core::Gap::Trimmed { missed: Some(page.floor - first) }).into());
+            }
+            Ok(history(topic, page, limit))
+        };
+        read.await.map_err(|error: Error| error.during("history").on(topic))
+    }
+
+    async fn clear_topic(&self, topic: &Topic) -> Result<()> {
+        self.0.check_open("clear_topic", topic)?;
+        let cleared = if self.0.caches(topic) {
+            let cleared = tokio::time::timeout(self.0.config.store_timeout, self.0.store.clear(topic)).await;
+            cleared.unwrap_or_else(|_| Err(ErrorKind::Timeout.into())).map_err(|error| error.during("clear_topic").on(topic))
+        } else {
+            Ok(())
+        };
+        // Whatever became of the one, the other is cleared too.
+        self.0.inner.clear_topic(topic).await.and(cleared)
+    }
+
+    async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
+        self.0.check_open("trim_topic", topic)?;
+        let trimmed = if self.0.caches(topic) {
+            let trimmed = tokio::time::timeout(self.0.config.store_timeout, self.0.store.trim(topic, &filter)).await;
+            trimmed.unwrap_or_else(|_| Err(ErrorKind::Timeout.into())).map_err(|error| error.during("trim_topic").on(topic))
+        } else {
+            Ok(0)
+        };
+        // Where both retain, both have the same events.
+        let below = self.0.inner.trim_topic(topic, filter).await?;
+        Ok(trimmed?.max(below))
+    }
+
+    async fn inspect(&self, topic: &Topic) -> Result<TopicStatus> {
+        self.0.check_open("inspect", topic)?;
+        let mut status = self.0.inner.inspect(topic).await?;
+        if self.0.caches(topic) {
+            match self.0.log(topic).read_once(0, 0).await {
+                Ok(log) if log.generation.is_some() => status.retained = Some(log.kept),
+                Ok(_) => {}
+                Err(_) => status.retained = None,
+            }
+        }
+        Ok(status)
+    }
+
+    fn status(&self) -> StatusWatch {
+        self.0.inner.status()
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.0.inner.flush().await
+    }
+
+    async fn close(&self, within: Duration) -> Result<Closed> {
+        let mut ended = {
+            let mut watches = self.0.watches.lock();
+            match &watches.closing {
+                Some(ended) => ended.clone(),
+                None => {
+                    let (tell, ended) = watch::channel(None);
+                    watches.closing = Some(ended.clone());
+                    self.0.is_closed.store(true, Ordering::Release);
+                    let open: Vec<_> = watches.open.values().map(|(_, watched)| watched.clone()).collect();
+                    drop(watches);
+                    open.iter().for_each(|watched| watched.begin_to_close());
+                    // A task of its own, bounded by its time: the caller may go away.
+                    let runtime = Handle::try_current().map_err(|_| Error::closed().during("close"))?;
+                    let ending = self.0.clone().end(open, within);
+                    runtime.spawn(async move { tell.send_replace(Some(ending.await)) });
+                    ended
+                }
+            }
+        };
+        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?.clone();
+        closed.unwrap_or(Ok(Closed::default())).map_err(|kind| Error::new(kind).during("close"))
+    }
+
+    fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
+        self.0.inner.leases()
+    }
+}
+
+impl fmt::Debug for CachingPubSub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CachingPubSub").field("inner", &self.0.inner).field("store", &self.0.store).finish_non_exhaustive()
+    }
+}

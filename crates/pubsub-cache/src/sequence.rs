@@ -1,0 +1,257 @@
+//! In which order a watch hands events over: live ones and those read from the log become one sequence without gap or repeat. Knows
+//! no store, no bus and no clock.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::mem;
+use std::sync::Arc;
+
+use pubsub_core::{Event, EventId};
+
+use crate::{Generation, LogPage};
+
+/// How many events without an index are remembered, so that they are not handed over again should they be in the log after all; and
+/// how many that could not be read are let in when they come late.
+const REMEMBERED: usize = 1000;
+
+/// How many live events that came before their turn are kept in hand. More are left to be read from the log.
+const EARLY: usize = 256;
+
+/// An event whose turn it is.
+#[derive(Debug)]
+pub(crate) struct Ready {
+    pub(crate) event: Arc<Event>,
+    pub(crate) attempt: u32,
+    /// Where it stands; none if nothing numbered it.
+    pub(crate) place: Option<(Generation, u64)>,
+    /// How many were lost right before it.
+    pub(crate) lagged: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Sequence {
+    /// None while the topic is known to have no log.
+    generation: Option<Generation>,
+    /// Whether it is not known where the log ends: the first number to come is then as good as any.
+    adrift: bool,
+    /// The index whose turn it is.
+    next: u64,
+    /// What lies below is to be read from the log.
+    target: u64,
+    /// Live events that came before their turn, by index. They go behind what is read.
+    early: BTreeMap<u64, Arc<Event>>,
+    ready: VecDeque<Ready>,
+    /// Lost, and not told yet.
+    lost: u64,
+    /// What the bus has said to have dropped, some of which the log may have.
+    dropped: u64,
+    /// The index that would be next on the bus.
+    next_live: u64,
+    /// What could not be read, and may come late.
+    missing: BTreeSet<u64>,
+    strangers: Strangers,
+    /// Whether the events of another store have been seen.
+    pub(crate) foreign: bool,
+}
+
+impl Sequence {
+    /// From this index of a log on; what lies below `target` is to be read. Without a generation there is no log yet.
+    pub(crate) fn starting(generation: Option<Generation>, next: u64, target: u64) -> Self {
+        Self { generation, next, target, next_live: target, ..Self::default() }
+    }
+
+    /// From wherever the bus is, with no log to be seen.
+    pub(crate) fn adrift() -> Self {
+        Self { adrift: true, ..Self::default() }
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<Ready> {
+        self.ready.pop_front()
+    }
+
+    /// How many wait to be popped.
+    pub(crate) fn len(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// From which index on the log is to be read, if it is.
+    pub(crate) fn wants(&self) -> Option<u64> {
+        let early = self.early.first_key_value().map_or(0, |(index, _)| *index);
+        (self.next < self.target.max(early)).then_some(self.next)
+    }
+
+    /// Nothing more is to be read: the rest is left to whoever resumes.
+    pub(crate) fn settle_for_less(&mut self) {
+        self.target = self.next;
+        self.early.clear();
+    }
+
+    /// The log is known to have what lies below this index, whether or not it comes live.
+    pub(crate) fn known(&mut self, generation: Generation, next: u64) {
+        if self.generation.is_none() && !self.adrift {
+            self.enter(generation);
+        }
+        if self.generation == Some(generation) {
+            self.target = self.target.max(next);
+        }
+    }
+
+    /// An event came live.
+    pub(crate) fn live(&mut self, event: Arc<Event>, attempt: u32, dropped: u64) {
+        self.dropped += dropped;
+        let Some(place) = event.index() else { return self.stranger(event, attempt) };
+        let (generation, index) = (Generation::from_index(place.generation), place.index);
+        match self.generation {
+            Some(mine) if mine == generation => {}
+            Some(mine) if mine.store() != generation.store() => {
+                self.foreign = true;
+                return self.stranger(event, attempt);
+            }
+            // Published before the topic was cleared.
+            Some(mine) if mine.number() > generation.number() => return,
+            Some(_) => self.enter(generation),
+            None => {
+                self.enter(generation);
+                if mem::take(&mut self.adrift) {
+                    (self.next, self.target, self.next_live) = (index, index, index);
+                }
+            }
+        }
+        // What the bus dropped is accounted for by the indices it left out: those are read, or told to be lost when that fails.
+        let left_out = index.saturating_sub(self.next_live);
+        self.lost += mem::take(&mut self.dropped).saturating_sub(left_out);
+        self.next_live = self.next_live.max(index + 1);
+        if index < self.next {
+            if attempt > 1 || self.missing.remove(&index) {
+                self.emit(event, attempt, Some((generation, index)));
+            }
+        } else if index == self.next {
+            self.take(event, attempt, index);
+            self.pass_early(self.next);
+        } else if self.early.len() < EARLY {
+            self.early.insert(index, event);
+        } else {
+            self.target = self.target.max(index + 1);
+        }
+    }
+
+    /// A page was read from this index on, with this limit.
+    pub(crate) fn page(&mut self, from: u64, page: LogPage, limit: usize) {
+        if from > self.next {
+            return; // a generation began meanwhile: it is read anew
+        }
+        let Some(generation) = page.generation else { return self.skip() };
+        if self.generation != Some(generation) {
+            // Cleared, or forgotten, since it was asked for: what was left of it is gone, and the next one is read from its start.
+            self.skip();
+            self.enter(generation);
+            self.target = page.next;
+            return;
+        }
+        if page.floor > self.next {
+            let early = self.early.first_key_value().map_or(0, |(index, _)| *index);
+            self.lose_up_to(page.floor.min(self.target.max(early)));
+            if page.floor > self.next {
+                return; // what lies between may still come live
+            }
+        }
+        let whole = page.events.len() < limit;
+        for event in page.events {
+            let Some(index) = event.index().map(|place| place.index).filter(|index| *index >= self.next) else { continue };
+            self.early.remove(&index);
+            if self.strangers.forget(event.id()) {
+                self.next = index + 1; // it came live before it had a number
+            } else {
+                self.take(event, 1, index);
+            }
+        }
+        if whole {
+            // Trims took the rest.
+            self.pass_early(page.next);
+        }
+        self.pass_early(self.next);
+    }
+
+    /// The log could not be read: on without what it was to give.
+    pub(crate) fn skip(&mut self) {
+        while self.wants().is_some() {
+            let end = self.early.first_key_value().map_or(self.target, |(index, _)| *index);
+            let room = REMEMBERED.saturating_sub(self.missing.len());
+            self.missing.extend((self.next..end).take(room));
+            self.lose_up_to(end);
+            self.pass_early(self.next);
+        }
+    }
+
+    /// What lies below this index is lost, but for what is in hand.
+    fn lose_up_to(&mut self, end: u64) {
+        while self.next < end {
+            let early = self.early.first_key_value().map_or(end, |(index, _)| (*index).min(end));
+            self.lost += early - self.next;
+            self.next = early;
+            self.pass_early(early);
+        }
+    }
+
+    /// Hands over what is in hand up to this index and right behind it: nothing before it is to come.
+    fn pass_early(&mut self, up_to: u64) {
+        while let Some(first) = self.early.first_entry().filter(|first| *first.key() <= up_to.max(self.next)) {
+            let (index, event) = first.remove_entry();
+            if index >= self.next {
+                self.take(event, 1, index);
+            }
+        }
+        self.next = self.next.max(up_to);
+    }
+
+    /// An event of the sequence whose turn it is.
+    fn take(&mut self, event: Arc<Event>, attempt: u32, index: u64) {
+        self.next = index + 1;
+        self.emit(event, attempt, self.generation.map(|generation| (generation, index)));
+    }
+
+    /// An event that nothing numbered passes at once.
+    fn stranger(&mut self, event: Arc<Event>, attempt: u32) {
+        self.strangers.remember(event.id());
+        self.emit(event, attempt, None);
+    }
+
+    fn emit(&mut self, event: Arc<Event>, attempt: u32, place: Option<(Generation, u64)>) {
+        self.ready.push_back(Ready { event, attempt, place, lagged: mem::take(&mut self.lost) });
+    }
+
+    /// A generation begins, at 0.
+    fn enter(&mut self, generation: Generation) {
+        self.generation = Some(generation);
+        (self.next, self.target, self.next_live, self.dropped) = (0, 0, 0, 0);
+        self.early.clear();
+        self.missing.clear();
+    }
+}
+
+/// The events that came without a number.
+#[derive(Debug, Default)]
+struct Strangers {
+    ids: HashSet<EventId>,
+    order: VecDeque<EventId>,
+}
+
+impl Strangers {
+    fn remember(&mut self, id: &EventId) {
+        if self.ids.insert(id.clone()) {
+            self.order.push_back(id.clone());
+        }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+    }
+
+    /// Whether this came; it will not come again.
+    fn forget(&mut self, id: &EventId) -> bool {
+        !self.ids.is_empty() && self.ids.remove(id)
+    }
+}
+
+#[cfg(test)]
+mod tests;

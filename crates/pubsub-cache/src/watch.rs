@@ -1,0 +1,437 @@
+//! A fan-out subscription on a topic that is kept: live events and the log, as one sequence.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::task::AtomicWaker;
+use parking_lot::Mutex;
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, InstanceId, Timer};
+use pubsub_core::{
+    AckMode, Control, Delivery, ErrorKind, Event, Result, Scope, Source, SubscribeOptions, Subscription, SubscriptionHandle,
+    SubscriptionStatus, Topic,
+};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::place::scope;
+use crate::sequence::{Ready, Sequence};
+use crate::{Generation, LogPage, OnStoreFailure, ServerCache};
+
+/// How many events are read from the store at a time.
+pub(crate) const PAGE: usize = 256;
+
+/// How often a read that failed is tried before live delivery goes on without it.
+const TRIES: u32 = 4;
+
+/// The back-off between two tries, at first and at most.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// The one member of a watch's own queue.
+const MEMBER: InstanceId = 0;
+
+/// How a watch reads its topic's log.
+#[derive(Clone)]
+pub(crate) struct Log {
+    pub(crate) store: Arc<dyn ServerCache>,
+    pub(crate) topic: Topic,
+    pub(crate) timeout: Duration,
+    pub(crate) on_failure: OnStoreFailure,
+}
+
+impl Log {
+    /// One read, within the store's time.
+    pub(crate) async fn read_once(&self, from: u64, limit: usize) -> Result<LogPage> {
+        let read = tokio::time::timeout(self.timeout, self.store.read(&self.topic, from, limit)).await;
+        read.unwrap_or_else(|_| Err(ErrorKind::Timeout.into()))
+    }
+
+    /// Reads a page, again and again where trying again can help: a few times if live delivery is to go on without it, else until
+    /// it succeeds.
+    async fn read(self, from: u64) -> Result<LogPage> {
+        let give_up = Instant::now() + self.timeout;
+        let mut pause = BACKOFF.0;
+        for tries in 1.. {
+            let error = match self.read_once(from, PAGE).await {
+                Ok(page) => return Ok(page),
+                Err(error) => error,
+            };
+            let goes_on = self.on_failure == OnStoreFailure::Continue;
+            if !error.is_retryable() || (goes_on && (tries >= TRIES || Instant::now() >= give_up)) {
+                return Err(error);
+            }
+            tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+        unreachable!("the tries are not counted out")
+    }
+}
+
+/// What a watch and those who hold on to it share.
+pub(crate) struct Watched {
+    inner: SubscriptionHandle,
+    /// What was taken and not handed over; at least 1 while something is on its way here.
+    ahead: AtomicUsize,
+    ended: AtomicBool,
+    /// Its bus is closing: what was taken is handed over, and nothing more is read.
+    closing: AtomicBool,
+    /// Something of this has changed.
+    news: AtomicBool,
+    /// What the log is known to have, though it may not come live.
+    known: Mutex<Option<(Generation, u64)>>,
+    waker: AtomicWaker,
+    /// Deliveries that their consumer settles; made by the first of them.
+    held: OnceLock<(Arc<DeliveryQueue>, SubscriptionHandle)>,
+    lagged: AtomicUsize,
+    idle: Notify,
+    on_end: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Watched {
+    pub(crate) fn new(inner: SubscriptionHandle, on_end: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            inner,
+            ahead: AtomicUsize::new(0),
+            ended: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            news: AtomicBool::new(false),
+            known: Mutex::default(),
+            waker: AtomicWaker::new(),
+            held: OnceLock::new(),
+            lagged: AtomicUsize::new(0),
+            idle: Notify::new(),
+            on_end: Box::new(on_end),
+        }
+    }
+
+    fn tell(&self) {
+        self.news.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// The log has what lies below this index, but for what was trimmed: it need not wait for it to come live.
+    pub(crate) fn known(&self, generation: Generation, next: u64) {
+        *self.known.lock() = Some((generation, next));
+        self.tell();
+    }
+
+    /// Hands over what was taken, and reads nothing more.
+    pub(crate) fn begin_to_close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.tell();
+    }
+
+    /// How many were taken and not handed over.
+    pub(crate) fn unread(&self) -> u64 {
+        let waiting = self.held.get().map_or(0, |(queue, _)| queue.burden(MEMBER).1);
+        self.ahead.load(Ordering::Acquire) as u64 + waiting
+    }
+
+    /// Takes back what the consumer holds, and returns how many deliveries those were.
+    pub(crate) fn revoke(&self) -> u64 {
+        self.held.get().map_or(0, |(queue, _)| queue.revoke(MEMBER))
+    }
+
+    fn set_ahead(&self, count: usize) {
+        if self.ahead.swap(count, Ordering::AcqRel) > 0 && count == 0 {
+            self.idle.notify_waiters();
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        let ended = self.ended.load(Ordering::Acquire);
+        (ended || self.ahead.load(Ordering::Acquire) == 0) && self.held.get().is_none_or(|(queue, _)| queue.is_drained())
+    }
+
+    /// Waits until nothing that was taken here is left to hand over or to settle. Cancel safe.
+    pub(crate) async fn relieved(&self) {
+        loop {
+            let mut changed = pin!(self.idle.notified());
+            changed.as_mut().enable();
+            if self.is_idle() {
+                return;
+            }
+            match self.held.get() {
+                Some((queue, _)) if !queue.is_drained() => queue.drained().await,
+                _ => changed.await,
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Control for Watched {
+    fn stop(&self) {
+        if !self.ended.swap(true, Ordering::AcqRel) {
+            self.inner.stop();
+            if let Some((_, member)) = self.held.get() {
+                member.stop();
+            }
+            self.idle.notify_waiters();
+            self.tell();
+            (self.on_end)();
+        }
+    }
+
+    async fn stopped(&self) {
+        self.inner.stopped().await;
+    }
+
+    async fn drained(&self) {
+        loop {
+            self.inner.drained().await;
+            self.relieved().await;
+            // What left the one may have come to the other meanwhile.
+            if self.inner.status().queued == 0 && self.is_idle() {
+                return;
+            }
+        }
+    }
+
+    fn status(&self) -> SubscriptionStatus {
+        let mut status = self.held.get().map(|(_, member)| member.status()).unwrap_or_default();
+        let below = self.inner.status();
+        status.queued += below.queued + self.ahead.load(Ordering::Acquire) as u64;
+        status.dropped += below.dropped;
+        status.dead_lettered += below.dead_lettered;
+        status.lagged += self.lagged.load(Ordering::Relaxed) as u64;
+        status.ended = self.ended.load(Ordering::Acquire);
+        status
+    }
+}
+
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").field("inner", &self.inner).field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+/// Where a watch's deliveries come from.
+pub(crate) struct Watch {
+    shared: Arc<Watched>,
+    inner: Subscription,
+    /// Whether the inner subscription has ended.
+    silent: bool,
+    log: Log,
+    sequence: Sequence,
+    /// What is being read, and from where on.
+    reading: Option<(u64, BoxFuture<'static, Result<LogPage>>)>,
+    scope: Option<(Generation, Arc<Scope>)>,
+    /// Whether a complaint was made about numbers of another store.
+    complained: bool,
+    held: Held,
+}
+
+/// Deliveries that their consumer settles: in a queue of this instance, where they are retried without anybody noticing.
+pub(crate) struct Held {
+    options: SubscribeOptions,
+    timer: Arc<Timer>,
+    sink: Arc<dyn DeadLetterSink>,
+    member: Option<Subscription>,
+    /// What was put into the queue last and has not come out, and how many were lost right before it.
+    put: Option<(Arc<Event>, u64)>,
+}
+
+impl Watch {
+    pub(crate) fn new(shared: Arc<Watched>, inner: Subscription, log: Log, sequence: Sequence, held: Held) -> Self {
+        shared.set_ahead(sequence.len());
+        Self { shared, inner, silent: false, log, sequence, reading: None, scope: None, complained: false, held }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+        loop {
+            if self.shared.ended.load(Ordering::Acquire) {
+                return Poll::Ready(None);
+            }
+            if let Poll::Ready(held) = self.held.poll(cx, mode) {
+                return Poll::Ready(held);
+            }
+            let next = match ready!(self.poll_sequence(cx)) {
+                Some(Ok(next)) => next,
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.during("read").on(&self.log.topic)))),
+                None => return Poll::Ready(None),
+            };
+            self.shared.lagged.fetch_add(usize::try_from(next.lagged).unwrap_or(usize::MAX), Ordering::Relaxed);
+            let place = next.place.map(|(generation, index)| (self.scope(generation), index));
+            match mode {
+                AckMode::Auto => {
+                    self.shared.set_ahead(self.sequence.len());
+                    let delivery = Delivery::settled(next.event, next.attempt).after_losing(next.lagged);
+                    return Poll::Ready(Some(Ok(match place {
+                        Some((scope, index)) => delivery.at(scope, index),
+                        None => delivery,
+                    })));
+                }
+                AckMode::Manual => {
+                    let place = place.map(|(scope, index)| (scope, index.into()));
+                    self.held.put(
+                        &self.log.topic,
+                        &self.shared,
+                        Entry { attempt: next.attempt, place, ..Entry::new(next.event) },
+                        next.lagged,
+                    );
+                    self.shared.set_ahead(self.sequence.len());
+                }
+            }
+        }
+    }
+
+    /// The next of the sequence.
+    fn poll_sequence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Ready>>> {
+        if self.held.is_full() {
+            return Poll::Pending;
+        }
+        loop {
+            if let Some(ready) = self.sequence.pop() {
+                return Poll::Ready(Some(Ok(ready)));
+            }
+            if self.shared.closing.load(Ordering::Acquire) && self.sequence.wants().is_some() {
+                // Behind a gap there is nothing to hand over any more: whoever resumes finds all of it in the log.
+                self.reading = None;
+                self.sequence.settle_for_less();
+                self.silent = true;
+                self.shared.inner.stop();
+            }
+            // Counted before it is taken: whoever waits for this to drain must not find it nowhere.
+            self.shared.set_ahead(1);
+            let taken = if self.sequence.wants().is_some() { self.poll_log(cx).map(Some) } else { self.poll_live(cx) };
+            match taken {
+                Poll::Ready(Some(Ok(()))) => {}
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error))),
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending => {
+                    self.shared.set_ahead(usize::from(self.reading.is_some()));
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    fn poll_log(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        // Live events are taken meanwhile: a long replay makes no publisher wait.
+        while self.sequence.len() < PAGE {
+            match self.poll_live(cx) {
+                Poll::Ready(Some(Ok(()))) => {}
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        let Some(from) = self.sequence.wants() else { return Poll::Ready(Ok(())) };
+        let (from, reading) = self.reading.get_or_insert_with(|| (from, self.log.clone().read(from).boxed()));
+        let (from, read) = (*from, ready!(reading.poll_unpin(cx)));
+        self.reading = None;
+        match read {
+            Ok(page) => self.sequence.page(from, page, PAGE),
+            Err(error) if self.log.on_failure == OnStoreFailure::Continue => {
+                tracing::warn!(topic = %self.log.topic, from, %error, "the store does not answer: live delivery goes on without it");
+                self.sequence.skip();
+            }
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_live(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<()>>> {
+        let closing = self.shared.closing.load(Ordering::Acquire);
+        if self.silent {
+            // Whoever closes the bus ends this one too, once it was relieved.
+            return if closing { Poll::Pending } else { Poll::Ready(None) };
+        }
+        match ready!(self.inner.poll_delivery(cx, AckMode::Auto)) {
+            Some(Ok(delivery)) => {
+                self.sequence.live(delivery.event().clone(), delivery.attempt(), delivery.lagged());
+                if self.sequence.foreign && !std::mem::replace(&mut self.complained, true) {
+                    tracing::warn!(
+                        topic = %self.log.topic,
+                        "events come numbered by another store: to be resumed from, publishers and listeners must share one"
+                    );
+                }
+                Poll::Ready(Some(Ok(())))
+            }
+            Some(Err(error)) => Poll::Ready(Some(Err(error))),
+            None => {
+                self.silent = true;
+                if closing { Poll::Pending } else { Poll::Ready(None) }
+            }
+        }
+    }
+
+    fn scope(&mut self, generation: Generation) -> Arc<Scope> {
+        match &self.scope {
+            Some((known, scope)) if *known == generation => scope.clone(),
+            _ => self.scope.insert((generation, Arc::new(scope(&self.log.topic, generation)))).1.clone(),
+        }
+    }
+}
+
+impl Source for Watch {
+    fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+        // Yields now and then, however much there is to read.
+        ready!(pin!(tokio::task::consume_budget()).poll(cx));
+        loop {
+            if self.shared.news.load(Ordering::Acquire) && self.shared.news.swap(false, Ordering::AcqRel) {
+                let known = self.shared.known.lock().take();
+                if let Some((generation, next)) = known {
+                    self.sequence.known(generation, next);
+                }
+            }
+            let polled = self.poll(cx, mode);
+            if polled.is_ready() {
+                return polled;
+            }
+            self.shared.waker.register(cx.waker());
+            if !self.shared.news.load(Ordering::Acquire) {
+                return Poll::Pending;
+            }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.stop();
+        self.shared.set_ahead(0);
+    }
+}
+
+impl Held {
+    pub(crate) fn new(options: SubscribeOptions, timer: Arc<Timer>, sink: Arc<dyn DeadLetterSink>) -> Self {
+        Self { options, timer, sink, member: None, put: None }
+    }
+
+    /// What came back, or was put in last.
+    fn poll(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+        let Some(member) = &mut self.member else { return Poll::Pending };
+        let next = ready!(member.poll_delivery(cx, mode));
+        Poll::Ready(next.map(|delivery| {
+            delivery.map(|delivery| match self.put.take_if(|(event, _)| Arc::ptr_eq(event, delivery.event())) {
+                Some((_, lagged)) => delivery.after_losing(lagged),
+                None => delivery, // it came back
+            })
+        }))
+    }
+
+    /// Whether what was put in last waits for the consumer to settle something.
+    fn is_full(&self) -> bool {
+        self.put.is_some()
+    }
+
+    fn put(&mut self, topic: &Topic, shared: &Watched, entry: Entry, lagged: u64) {
+        self.put = Some((entry.event.clone(), lagged));
+        let (queue, _) = shared.held.get_or_init(|| {
+            let queue = DeliveryQueue::fan_out(topic.clone(), self.timer.clone(), self.sink.clone());
+            let member = queue.join(MEMBER, self.options.clone(), || {}).expect("a new queue has not ended");
+            let handle = member.handle();
+            self.member = Some(member);
+            (queue, handle)
+        });
+        queue.push([entry], &mut Aftermath::new());
+    }
+}
