@@ -45,6 +45,8 @@ assert_eq!(report.failures().count(), 0, "{report}");
 "#
 )]
 //!
+//! Stores of the replay decorator have properties of their own, in the module `stores`, with the feature of that name.
+//!
 //! A test with `harness = false` shows each property to `cargo test`: see [`main`].
 //!
 //! What makes a verdict worth something: a property that cannot run is reported with its reason and never as a pass; a
@@ -66,6 +68,8 @@ mod mimic;
 pub mod oracle;
 mod properties;
 mod property;
+#[cfg(feature = "stores")]
+pub mod stores;
 mod suite;
 
 pub use ctx::{Consumer, Ctx, exactly, in_sequence, panic_on_purpose};

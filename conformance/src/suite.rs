@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -127,17 +128,9 @@ pub(crate) fn execute(harness: &Arc<dyn Harness>, property: &Property, settings:
 }
 
 fn run_once(harness: &Arc<dyn Harness>, property: &Property, seed: u64) -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name(property.id())
-        .enable_all()
-        .build()
-        .map_err(|error| format!("cannot make a runtime: {error}"))?;
     let limit = property.time_limit(&**harness);
-    let (done, verdict) = mpsc::channel();
     let (harness, property) = (harness.clone(), property.clone());
-    let id = property.id();
-    let run = async move {
+    within(property.id(), limit, async move {
         let fresh = harness.fresh().await.map_err(|error| format!("no fresh bus: {error}"))?;
         let ctx = Ctx::new(fresh, property.id(), seed);
         let verdict = property.start(ctx.clone()).await.map_err(|why| why.to_string());
@@ -146,7 +139,22 @@ fn run_once(harness: &Arc<dyn Harness>, property: &Property, seed: u64) -> Resul
             broken.insert(0, why);
         }
         if broken.is_empty() { Ok(()) } else { Err(broken.join("; ")) }
-    };
+    })
+}
+
+/// Runs a property's future on a runtime of its own. A panic and running out of time are failures.
+pub(crate) fn within(
+    id: &'static str,
+    limit: Duration,
+    run: impl Future<Output = Result<(), String>> + Send + 'static,
+) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name(id)
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot make a runtime: {error}"))?;
+    let (done, verdict) = mpsc::channel();
     // One task, there before the property starts: some count tasks.
     runtime.spawn(async move {
         let verdict = AssertUnwindSafe(run).catch_unwind().await;
@@ -165,8 +173,8 @@ pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
 /// What came of a suite over one harness.
 #[derive(Debug, Clone)]
 pub struct Report {
-    backend: String,
-    properties: Vec<PropertyReport>,
+    pub(crate) backend: String,
+    pub(crate) properties: Vec<PropertyReport>,
 }
 
 /// What came of one property.

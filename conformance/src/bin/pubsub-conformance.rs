@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use pubsub_conformance::{Harness, Outcome, Report, Suite, harnesses};
+use pubsub_conformance::{Harness, Outcome, Report, Suite, harnesses, stores};
 
 /// Holds backends to the contract, property by property.
 #[derive(Parser)]
@@ -33,16 +33,20 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool, String> {
-    let known = harnesses::all();
+    let (known, mut chosen_stores) = (harnesses::all(), harnesses::stores());
     let chosen: Vec<Arc<dyn Harness>> = if options.backends.is_empty() {
         known
     } else {
+        let is_store = |name: &&String| harnesses::stores().iter().any(|store| store.name() == name.as_str());
+        chosen_stores.retain(|store| options.backends.iter().any(|name| name == store.name()));
         let find = |name: &String| {
-            let names = || known.iter().map(|harness| harness.name()).collect::<Vec<_>>().join(", ");
+            let stores = harnesses::stores();
+            let names = known.iter().map(|harness| harness.name()).chain(stores.iter().map(|store| store.name()));
+            let names = || names.collect::<Vec<_>>().join(", ");
             let found = known.iter().find(|harness| harness.name() == name);
             found.cloned().ok_or_else(|| format!("no backend is called {name:?}; there are: {}", names()))
         };
-        options.backends.iter().map(find).collect::<Result<_, _>>()?
+        options.backends.iter().filter(|name| !is_store(name)).map(find).collect::<Result<_, _>>()?
     };
     let mut as_expected = true;
     let mut reports = Vec::new();
@@ -60,6 +64,16 @@ fn run(options: &Options) -> Result<bool, String> {
         reports.push(report);
     }
     print_matrix(&reports);
+    // Stores have properties of their own.
+    for store in chosen_stores {
+        let report = stores::run(&store, options.only.as_deref().unwrap_or_default());
+        as_expected &= report.failures().next().is_none();
+        if !report.properties().is_empty() {
+            println!();
+            print_matrix(std::slice::from_ref(&report));
+            reports.push(report);
+        }
+    }
     if let Some(path) = &options.json {
         let list: Vec<_> = reports.iter().map(Report::to_json).collect();
         let text = serde_json::to_string_pretty(&list).expect("JSON values can be written");

@@ -2,15 +2,18 @@
 
 mod cached;
 mod emitter;
+mod memory_store;
 mod slow_remote;
 
 use std::sync::Arc;
 
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
+pub use memory_store::MemoryStoreHarness;
 pub use slow_remote::SlowRemoteHarness;
 
 use crate::Harness;
+use crate::stores::StoreHarness;
 
 /// What chance decides on the slow remote follows from this.
 const SEED: u64 = 0x510;
@@ -21,4 +24,9 @@ pub fn all() -> Vec<Arc<dyn Harness>> {
         [Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict()), Arc::new(SlowRemoteHarness::new(SEED))];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     backends.into_iter().chain(cached).collect()
+}
+
+/// All stores.
+pub fn stores() -> Vec<Arc<dyn StoreHarness>> {
+    vec![Arc::new(MemoryStoreHarness::default())]
 }

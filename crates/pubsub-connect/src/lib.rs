@@ -23,6 +23,12 @@
 //! They follow a `?`, under the names and with the defaults of the backend's builder; see [`BusUrl`] for how values are written.
 //! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`. Every URL takes
 //!
+//! - `replay=memory` or `replay=URL`, with the cargo feature `replay`: the bus keeps its events in a store, numbers them, and replays
+//!   them (clauses R1 to R6). `memory` is a store within the process, of the bus's own; if the bus is `memory:NAME`, all who connect to
+//!   that name with the same bounds share it. A URL names a store: `memory:NAME` is one that anybody in the process can share, with the
+//!   options `max_events`, `max_bytes`, `max_age`, `max_topics`, `max_values` and `window`, percent-encoded like the URL. Publishers
+//!   and listeners in different processes need a store that both reach. With `replay` come `on_store_failure` (`continue` or `fail`)
+//!   and `store_timeout`.
 //! - `leases=URL`: leases come from another bus (clause L4), which is connected too and closed with this one. The URL is
 //!   percent-encoded, so that its own options stay its own; buses lend to each other at most [`MAX_NESTING`] deep.
 //!
@@ -37,6 +43,8 @@ mod leases;
 mod memory;
 mod nearest;
 mod registry;
+#[cfg(feature = "replay")]
+mod replay;
 mod url;
 
 use pubsub_core::{Bus, Result};

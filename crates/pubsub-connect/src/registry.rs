@@ -10,6 +10,8 @@ use futures::future::BoxFuture;
 use pubsub_core::{Bus, Error, Result};
 
 use crate::nearest::nearest;
+#[cfg(feature = "replay")]
+use crate::replay::StoreFactory;
 use crate::url::is_scheme;
 use crate::{BusUrl, leases};
 
@@ -19,9 +21,6 @@ pub const MAX_NESTING: usize = 4;
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
 const BACKENDS: &[(&str, Option<&str>)] =
     &[("memory", Some("memory")), ("unix", None), ("redis", None), ("rediss", None), ("gcp", None)];
-
-/// The cargo feature that brings the replay decorator; none where this version has none.
-const REPLAY: Option<&str> = None;
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
 
@@ -46,6 +45,9 @@ type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>
 #[derive(Clone, Default)]
 pub struct Registry {
     factories: BTreeMap<String, Factory>,
+    /// The stores that `replay` can name.
+    #[cfg(feature = "replay")]
+    stores: BTreeMap<String, StoreFactory>,
 }
 
 impl Registry {
@@ -59,6 +61,8 @@ impl Registry {
         let registry = Self::new();
         #[cfg(feature = "memory")]
         let registry = registry.with("memory", crate::memory::memory);
+        #[cfg(feature = "replay")]
+        let registry = registry.with_store("memory", crate::replay::memory);
         registry
     }
 
@@ -76,10 +80,7 @@ impl Registry {
         F: Fn(&mut BusUrl) -> Result<Fut> + Send + Sync + 'static,
         Fut: Future<Output = Result<Bus>> + Send + 'static,
     {
-        if !is_scheme(scheme) || scheme != scheme.to_ascii_lowercase() {
-            let why = "takes a lower-case letter, then lower-case letters, digits, `+`, `-` and `.`, 32 in all at most";
-            return Err(Error::invalid_option("scheme", why).during("register").on(scheme));
-        }
+        check_scheme(scheme, "register")?;
         Ok(self.with(scheme, factory))
     }
 
@@ -89,6 +90,31 @@ impl Registry {
         Fut: Future<Output = Result<Bus>> + Send + 'static,
     {
         self.factories.insert(scheme.to_owned(), Arc::new(move |url| Ok(factory(url)?.boxed())));
+        self
+    }
+
+    /// Adds a kind of store that `replay` can name, under a scheme, in place of any that was registered under it before. The factory
+    /// does as one of a backend: it takes what it needs out of the store's own URL first.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register).
+    #[cfg(feature = "replay")]
+    pub fn register_store<F, Fut>(self, scheme: &str, factory: F) -> Result<Self>
+    where
+        F: Fn(&mut BusUrl) -> Result<Fut> + Send + Sync + 'static,
+        Fut: Future<Output = Result<Arc<dyn pubsub_cache::ServerCache>>> + Send + 'static,
+    {
+        check_scheme(scheme, "register_store")?;
+        Ok(self.with_store(scheme, factory))
+    }
+
+    #[cfg(feature = "replay")]
+    fn with_store<F, Fut>(mut self, scheme: &str, factory: F) -> Self
+    where
+        F: Fn(&mut BusUrl) -> Result<Fut> + Send + Sync + 'static,
+        Fut: Future<Output = Result<Arc<dyn pubsub_cache::ServerCache>>> + Send + 'static,
+    {
+        self.stores.insert(scheme.to_owned(), Arc::new(move |url| Ok(factory(url)?.boxed())));
         self
     }
 
@@ -119,28 +145,54 @@ impl Registry {
 
     async fn open(&self, url: &mut BusUrl, depth: usize) -> Result<Bus> {
         let factory = self.factories.get(url.scheme()).ok_or_else(|| self.no_backend(url.scheme()))?;
-        if url.text("replay").is_some() {
-            return Err(Error::invalid_option(
-                "replay",
-                match REPLAY {
-                    Some(feature) => format!("needs the cargo feature `{feature}` of pubsub-connect"),
-                    None => "this version of pubsub-connect has no replay".to_owned(),
-                },
-            ));
-        }
+        let replaying = self.replaying(url)?;
         let lender = url.text("leases").map(str::to_owned);
         let connecting = factory(url)?;
         url.refuse_leftovers()?;
-        let Some(lender) = lender else { return connecting.await };
-        if depth == MAX_NESTING {
-            return Err(Error::invalid_option("leases", format!("is nested more than {MAX_NESTING} deep")));
+        let lender = match lender {
+            Some(_) if depth == MAX_NESTING => {
+                return Err(Error::invalid_option("leases", format!("is nested more than {MAX_NESTING} deep")));
+            }
+            // The subject is the lender's URL, or, where that is none, the option it stands in.
+            Some(lender) => Some(self.connect_nested(&lender, depth + 1).await.map_err(|error| error.on("leases"))?),
+            None => None,
+        };
+        let mut bus = connecting.await?;
+        if let Some(replaying) = replaying {
+            bus = replaying(bus).await?;
         }
-        // The subject is the lender's URL, or, where that is none, the option it stands in.
-        let lender = self.connect_nested(&lender, depth + 1).await.map_err(|error| error.on("leases"))?;
+        let Some(lender) = lender else { return Ok(bus) };
         let Some(leases) = lender.leases() else {
             return Err(Error::invalid_option("leases", "names a bus that has no leases"));
         };
-        Ok(leases::lend(connecting.await?, lender, leases))
+        Ok(leases::lend(bus, lender, leases))
+    }
+
+    /// What `replay` and the decorator's own options ask for: once everything of the URL has been checked, it decorates.
+    #[cfg(feature = "replay")]
+    fn replaying(&self, url: &mut BusUrl) -> Result<Option<Decorate>> {
+        use crate::replay::{Options, store_url};
+
+        let Some(store) = url.text("replay").map(str::to_owned) else { return Ok(None) };
+        let options = Options::take(url)?;
+        let in_store = |error: Error| error.on("replay");
+        let mut store = store_url(&store, url).map_err(in_store)?;
+        let factory = self.stores.get(store.scheme()).ok_or_else(|| {
+            let near = nearest(store.scheme(), self.stores.keys().map(String::as_str));
+            let near = near.map(|near| format!("; the nearest known one is `{near}`")).unwrap_or_default();
+            Error::invalid_option("replay", format!("names the unknown store `{}`{near}", store.scheme()))
+        })?;
+        let connecting = factory(&mut store).map_err(in_store)?;
+        store.refuse_leftovers().map_err(in_store)?;
+        Ok(Some(Box::new(move |bus| async move { options.decorate(&bus, connecting.await.map_err(in_store)?) }.boxed())))
+    }
+
+    #[cfg(not(feature = "replay"))]
+    fn replaying(&self, url: &mut BusUrl) -> Result<Option<Decorate>> {
+        match url.text("replay") {
+            Some(_) => Err(Error::invalid_option("replay", "needs the cargo feature `replay` of pubsub-connect")),
+            None => Ok(None),
+        }
     }
 
     fn no_backend(&self, scheme: &str) -> Error {
@@ -157,6 +209,17 @@ impl Registry {
         };
         Error::invalid_option("url", why)
     }
+}
+
+/// Puts a decorator over a bus that has been connected.
+type Decorate = Box<dyn FnOnce(Bus) -> BoxFuture<'static, Result<Bus>> + Send>;
+
+fn check_scheme(scheme: &str, operation: &'static str) -> Result<()> {
+    if is_scheme(scheme) && scheme == scheme.to_ascii_lowercase() {
+        return Ok(());
+    }
+    let why = "takes a lower-case letter, then lower-case letters, digits, `+`, `-` and `.`, 32 in all at most";
+    Err(Error::invalid_option("scheme", why).during(operation).on(scheme))
 }
 
 impl fmt::Debug for Registry {

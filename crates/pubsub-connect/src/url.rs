@@ -161,6 +161,13 @@ impl BusUrl {
         &self.path
     }
 
+    /// The same with another path.
+    #[cfg(feature = "replay")]
+    pub(crate) fn with_path(mut self, path: &str) -> Self {
+        self.path = path.to_owned();
+        self
+    }
+
     /// An option as text.
     pub fn text(&mut self, option: &'static str) -> Option<&str> {
         if !self.asked.contains(&option) {

@@ -66,7 +66,21 @@ async fn each_refusal_names_what_is_at_fault() {
         ("memory:?strict_payloads=on", "strict_payloads", r#""on" is not `true` or `false`"#),
         ("memory:?dead_letter_retention=-1", "dead_letter_retention", "is not a whole number"),
         ("memory:?max_payload=1&max_payload=1", "max_payload", "is given twice"),
-        ("memory:?replay=memory", "replay", "has no replay"),
+        #[cfg(not(feature = "replay"))]
+        ("memory:?replay=memory", "replay", "needs the cargo feature `replay`"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=memroy", "replay", "names the unknown store `memroy`; the nearest known one is `memory`"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=memory%3A%3Fmax_evens=3", "max_evens", "the nearest known option is `max_events`"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=memory%3Fmax_events=0", "max_events", "at least 1"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=memory://host", "replay", "has no host"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=memory&on_store_failure=stop", "on_store_failure", "is not `continue` or `fail`"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=memory&store_timeout=0s", "store_timeout", "over zero"),
+        ("memory:?store_timeout=1s", "store_timeout", "is unknown"),
         ("memory://jobs", "url", "write `memory:NAME`"),
         ("memroy:", "url", "has the unknown scheme `memroy`; the nearest known one is `memory`"),
         ("reddis:", "url", "the nearest known one is `redis`"),
@@ -213,4 +227,49 @@ fn secrets_stay_secret() {
     assert!(logged.contains("connected") && logged.contains("count://***@host/path"), "the log is on: {logged}");
     assert!(told.contains("***@host"), "{told}");
     assert!(!logged.contains("3cr3t") && !told.contains("3cr3t"), "{logged}{told}");
+}
+
+#[cfg(feature = "replay")]
+#[tokio::test]
+async fn a_bus_with_a_store_replays_and_a_name_shares_it() {
+    let url = format!("memory:{}?replay=memory&on_store_failure=fail", fresh("jobs"));
+    let (one, two) = (connect(&url).await.unwrap(), connect(&url).await.unwrap());
+    let apart = connect("memory:?replay=memory").await.unwrap();
+    one.require([Capability::History, Capability::Index]).unwrap();
+    for number in 0..3 {
+        one.publish_data("t", "x", number).await.unwrap();
+    }
+    let mut late = two.subscribe_from_offset("t", 1).await.unwrap();
+    for due in [1, 2] {
+        assert_eq!(*late.next().await.unwrap().unwrap().data::<i32>().unwrap(), due);
+    }
+    assert!(apart.history("t", pubsub_core::Start::Earliest, 9).await.unwrap().entries.is_empty());
+
+    // A store by a name of its own, with its own options, lent leases beside it.
+    let store = format!("memory%3A{}%3Fmax_events=2", fresh("store"));
+    let url = format!("memory:?replay={store}&store_timeout=2s&leases=memory:");
+    let (one, two) = (connect(&url).await.unwrap(), connect(&url).await.unwrap());
+    for number in 0..3 {
+        one.publish_data("t", "x", number).await.unwrap();
+    }
+    let page = two.history("t", pubsub_core::Start::Earliest, 9).await.unwrap();
+    assert_eq!(page.entries.iter().map(|(_, event)| event.index().unwrap().index).collect::<Vec<_>>(), [1, 2]);
+    assert!(one.leases().is_some());
+}
+
+#[cfg(feature = "replay")]
+#[tokio::test]
+async fn a_registry_takes_stores_of_ones_own() {
+    let registry = Registry::with_defaults()
+        .register_store("shelf", |url: &mut BusUrl| {
+            let store = pubsub_cache::InMemoryServerCache::builder().max_events(url.number("boards")?.unwrap_or(9));
+            Ok(async move { Ok(store.build()? as Arc<dyn pubsub_cache::ServerCache>) })
+        })
+        .unwrap();
+    let bus = registry.connect("memory:?replay=shelf:%3Fboards=1").await.unwrap();
+    for _ in 0..2 {
+        bus.publish_data("t", "x", 1).await.unwrap();
+    }
+    assert_eq!(bus.inspect("t").await.unwrap().retained, Some(1));
+    assert!(registry.connect("memory:?replay=shelf%3Fbords=1").await.is_err());
 }
