@@ -1,7 +1,8 @@
-// @mastra/core's emitter: reads {"setting", "seconds"} a line, plays a round, and answers with a list of figures.
+// @mastra/core's emitter and its caching decorator: reads {"setting", "seconds"} a line, plays a round, and answers with a list of figures.
 
 import { createInterface } from 'node:readline';
-import { EventEmitterPubSub } from '@mastra/core/events';
+import { InMemoryServerCache } from '@mastra/core/cache';
+import { CachingPubSub, EventEmitterPubSub } from '@mastra/core/events';
 
 const TOPIC = 'orders';
 const BETWEEN_LOOKS = 256;
@@ -21,8 +22,7 @@ const until = async reached => {
 };
 
 // One publisher as fast as it can; the clock stops when everything has been handled.
-async function throughput(subscribers, group, seconds) {
-  const bus = new EventEmitterPubSub();
+async function throughput(subscribers, group, seconds, bus = new EventEmitterPubSub()) {
   let received = 0;
   for (let i = 0; i < subscribers; i++) {
     const handler = (event, ack) => {
@@ -42,7 +42,7 @@ async function throughput(subscribers, group, seconds) {
   await until(() => received >= deliveries);
   const rate = deliveries / ((performance.now() - started) / 1000);
   if (received !== deliveries) throw new Error(`${received} deliveries arrived of ${deliveries}`);
-  await bus.close();
+  await bus.close?.(); // the caching decorator has none
   return [rate];
 }
 
@@ -73,7 +73,7 @@ async function latency(seconds) {
     tick().catch(reject);
   });
   await until(() => taken.length === count);
-  await bus.close();
+  await bus.close?.();
   taken.sort((a, b) => a - b);
   const quantile = part => {
     const place = part * (count - 1);
@@ -83,7 +83,34 @@ async function latency(seconds) {
   return [quantile(0.5), quantile(0.99)];
 }
 
+const KEPT = 10_000;
+
+const cached = () => new CachingPubSub(new EventEmitterPubSub(), new InMemoryServerCache());
+
+// A whole topic, again and again.
+async function replay(seconds) {
+  const bus = cached();
+  for (let number = 0; number < KEPT; number++) await bus.publish(TOPIC, build(number));
+  const started = performance.now();
+  let seen = 0;
+  while (performance.now() - started < seconds * 1000) {
+    let due = 0;
+    const handler = event => {
+      if (read(event) !== due++) throw new Error('a replay out of order');
+    };
+    await bus.subscribeWithReplay(TOPIC, handler);
+    await until(() => due === KEPT);
+    await bus.unsubscribe(TOPIC, handler);
+    seen += due;
+  }
+  const rate = seen / ((performance.now() - started) / 1000);
+  await bus.close?.();
+  return [rate];
+}
+
 const settings = {
+  publish: seconds => throughput(1, undefined, seconds, cached()),
+  replay,
   'queued 1 to 1': seconds => throughput(1, undefined, seconds),
   'inline 1 to 1': seconds => throughput(1, undefined, seconds),
   'queued 1 to 10': seconds => throughput(10, undefined, seconds),

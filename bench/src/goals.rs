@@ -24,6 +24,10 @@ const fn goal(setting: &'static str, against: Against, ratio: f64) -> Goal {
     Goal { backend: "memory", setting, against, ratio }
 }
 
+const fn of_cache(setting: &'static str, against: Against, ratio: f64) -> Goal {
+    Goal { backend: crate::cache::BACKEND, setting, against, ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
 
 const GOALS: &[Goal] = &[
@@ -38,6 +42,8 @@ const GOALS: &[Goal] = &[
     goal("group of 4", MASTRA, 3.0),
     goal("latency p99", Against::Party("tokio broadcast"), 1.5),
     goal("idle memory", Against::Figure(2048.0), 1.0),
+    of_cache("publish", Against::Party(crate::cache::BARE), 0.45),
+    of_cache("replay", Against::Figure(10e6), 1.0),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

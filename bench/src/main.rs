@@ -1,5 +1,6 @@
 //! Measures ours, the limit and the peers in one run: interleaved rounds, medians, ratios.
 
+mod cache;
 mod event;
 mod goals;
 mod memory;
@@ -29,7 +30,7 @@ const ALLOCATOR_NAME: &str = if cfg!(feature = "mimalloc") {
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Options {
-    /// Measure this backend only (memory).
+    /// Measure this backend only (memory, cache).
     #[arg(long)]
     backend: Option<String>,
     /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
@@ -77,7 +78,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
         println!("{}", memory::idle::measure_here(party)?);
         return Ok(());
     }
-    let known = ["memory"];
+    let known = ["memory", cache::BACKEND];
     if let Some(other) = options.backend.as_deref().filter(|backend| !known.contains(backend)) {
         return Err(format!("there is no backend `{other}`; there is {}", known.join(", ")).into());
     }
@@ -85,6 +86,8 @@ fn run(options: &Options) -> Result<(), BoxError> {
         eprintln!("bench: built without optimisation: these figures say nothing; use `cargo xtask bench`");
     }
     let mut contests = memory::contests(options.peers);
+    contests.extend(cache::contests(options.peers));
+    contests.retain(|contest| options.backend.as_deref().is_none_or(|backend| backend == contest.backend));
     contests.retain_mut(|contest| {
         contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));
         let wanted = |wanted: &str| contest.settings.iter().any(|(setting, _)| *setting == wanted);

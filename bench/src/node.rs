@@ -1,4 +1,4 @@
-//! The peer that runs under Node: `@mastra/core`'s emitter, in a process of its own.
+//! The peer that runs under Node: `@mastra/core`'s emitter and its caching decorator, in a process of their own.
 
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Write};
@@ -19,7 +19,8 @@ pub(crate) const MASTRA: &str = "mastra";
 const PACKAGE: &str = "@mastra/core@1.71";
 
 /// What the peer is asked for: a contest goes by its first setting.
-const SETTINGS: &[&str] = &["queued 1 to 1", "inline 1 to 1", "queued 1 to 10", "group of 4", "latency p50"];
+const SETTINGS: &[&str] =
+    &["queued 1 to 1", "inline 1 to 1", "queued 1 to 10", "group of 4", "latency p50", "publish", "replay"];
 
 /// Adds the peer where it can take part; says why if it is not here.
 pub(crate) fn join(contests: &mut [Contest]) {

@@ -196,3 +196,18 @@ async fn a_custom_backend_behaves_as_a_built_in_one() {
     let ran = run("custom_backend", &["tiny:?max_paylod=1"], None).await;
     assert!(ran.status == 1 && ran.stderr.contains("max_payload"), "{}", ran.stderr);
 }
+
+#[tokio::test]
+async fn a_stream_is_resumed_to_its_exact_text() {
+    let ran = run("resumable_stream", &[], None).await;
+    assert_eq!(ran.status, 0, "{}{}", ran.stdout, ran.stderr);
+    for (name, says) in [
+        ("connection dropped", "10 times, resumed 10 times"),
+        ("text of the resumed", "exact, 87 tokens, 0 repeated"),
+        ("text of the late", "exact, 87 tokens"),
+    ] {
+        assert_eq!(ran.line(name).trim(), says, "{}", ran.stdout);
+    }
+    let ran = run("resumable_stream", &["memory:"], None).await;
+    assert!(ran.status == 1 && ran.stderr.contains("?replay=memory"), "{}", ran.stderr);
+}

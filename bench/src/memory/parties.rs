@@ -61,13 +61,13 @@ pub(crate) struct Ours {
 
 impl Ours {
     /// A bus that somebody has set up.
-    pub(crate) fn over(emitter: EventEmitterPubSub) -> Self {
-        Self { bus: emitter.into(), topic: topic() }
+    pub(crate) fn over(bus: Bus) -> Self {
+        Self { bus, topic: topic() }
     }
 
     /// A bus with this many subscribers: all of one group, or each on its own.
     pub(crate) async fn setup(subscribers: usize, group: Option<&str>) -> Result<Setup<Self, Subscription>, BoxError> {
-        let ours = Self::over(EventEmitterPubSub::new());
+        let ours = Self::over(EventEmitterPubSub::new().into());
         let mut all = Vec::new();
         for _ in 0..subscribers {
             all.push(match group {

@@ -81,7 +81,7 @@ fn inline(time: Duration) -> Result<Vec<f64>, BoxError> {
             counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed); // one publisher: one writer
         })?;
         let started = Instant::now();
-        let published = tokio::spawn(publish_for(Ours::over(emitter), time)).await??;
+        let published = tokio::spawn(publish_for(Ours::over(emitter.into()), time)).await??;
         let figure = rate(published, started);
         drop(subscription);
         all_arrived(published, handled.load(Ordering::Relaxed))?;
@@ -103,7 +103,11 @@ async fn publish_for(mut publisher: impl Publish, time: Duration) -> Result<u64,
 }
 
 /// One publisher and its subscribers, each in a task of its own; each event comes in so many copies. Gives deliveries per second.
-async fn play<P: Publish, R: Receive>(setup: Setup<P, R>, copies: usize, time: Duration) -> Result<Vec<f64>, BoxError> {
+pub(crate) async fn play<P: Publish, R: Receive>(
+    setup: Setup<P, R>,
+    copies: usize,
+    time: Duration,
+) -> Result<Vec<f64>, BoxError> {
     let Setup { publisher, subscribers, handles } = setup;
     let started = Instant::now();
     let subscribers: Vec<_> = subscribers.into_iter().map(|subscriber| tokio::spawn(receive_all(subscriber))).collect();
