@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use pubsub_core::{Bus, Capability, Cursor, Event, EventId, Result, Topic};
+use pubsub_core::{Bus, Capability, Cursor, Event, EventId, Result, Subscription, Topic};
 
 const TEXT: &str = "A stream that outlives its connections is one whose events have places. The producer numbers them as it goes, \
 a store keeps them for a while, and whoever was cut off says where it was. What it missed comes first, then what is new, and the \
@@ -90,14 +90,19 @@ impl Client {
     }
 }
 
+/// Connects where the client was: behind the last event it saw, or at the beginning.
+async fn connect(bus: &Bus, topic: &Topic, last_seen: Option<Cursor>) -> Result<Subscription> {
+    match last_seen {
+        Some(cursor) => bus.subscribe_after(topic, cursor).await,
+        None => bus.subscribe_with_replay(topic).await,
+    }
+}
+
 /// Reads the stream over connections that are dropped again and again, each after a few tokens and a pause in which more go by.
 async fn follow(bus: &Bus, topic: &Topic) -> Result<Client> {
     let mut client = Client::default();
     loop {
-        let mut connection = match client.last.clone() {
-            Some(last) => bus.subscribe_after(topic, last).await?,
-            None => bus.subscribe_with_replay(topic).await?,
-        };
+        let mut connection = connect(bus, topic, client.last.clone()).await?;
         let mut left = if client.resumed < CUTS { fastrand::usize(1..6) } else { usize::MAX };
         while let Some(delivery) = connection.try_next().await? {
             if client.take(delivery.event(), delivery.cursor())? {
@@ -120,7 +125,7 @@ async fn follow(bus: &Bus, topic: &Topic) -> Result<Client> {
 /// Reads a stream that has ended.
 async fn read_all(bus: &Bus, topic: &Topic) -> Result<Client> {
     let mut client = Client::default();
-    let mut connection = bus.subscribe_with_replay(topic).await?;
+    let mut connection = connect(bus, topic, None).await?;
     while let Some(delivery) = connection.try_next().await? {
         if client.take(delivery.event(), delivery.cursor())? {
             break;

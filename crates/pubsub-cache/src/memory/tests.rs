@@ -1,3 +1,5 @@
+//! What the store within the process forgets, and when.
+
 use pubsub_core::Payload;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The sequence, against logs and live events made up.
+
 use proptest::prelude::*;
 use pubsub_core::ReplayIndex;
 
