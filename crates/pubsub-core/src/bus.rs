@@ -8,7 +8,7 @@ use futures::future::Either;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, coop};
 
 use crate::dead_letter::{REDRIVE_GROUP, redriven};
 use crate::subscription::Nudge;
@@ -35,6 +35,11 @@ impl<P: PubSub> From<P> for Bus {
 
 fn topic<T: TryInto<Topic, Error: Into<Error>>>(topic: T) -> Result<Topic> {
     topic.try_into().map_err(Into::into)
+}
+
+/// A publisher that never has to wait must let others run now and then.
+fn yield_now_and_then() -> impl Future<Output = ()> {
+    std::future::poll_fn(|cx| coop::poll_proceed(cx).map(|budget| budget.made_progress()))
 }
 
 impl Bus {
@@ -69,13 +74,18 @@ impl Bus {
     where
         T: TryInto<Topic, Error: Into<Error>>,
     {
-        let event = event.into();
+        let mut event = event.into();
         let to = topic(to).map_err(|error| PublishError::none_sent(error, 1))?;
         if event.index().is_some() {
-            let stripped = Arc::new(Event::clone(&event).with_index(None));
-            return self.send(&to, &[stripped], PublishOptions::new()).await;
+            event = Arc::new(Event::clone(&event).with_index(None));
         }
-        self.send(&to, std::slice::from_ref(&event), PublishOptions::new()).await
+        let events = std::slice::from_ref(&event);
+        // As `send`, without a future within this one: it is what most publishers call.
+        yield_now_and_then().await;
+        match self.pubsub.publish_now(&to, events, &PublishOptions::new()) {
+            Some(published) => published,
+            None => self.pubsub.publish(&to, events, PublishOptions::new()).await,
+        }
     }
 
     /// Publishes stamped events in order, in one call. An index set by the application is stripped: only a replay decorator
@@ -101,8 +111,7 @@ impl Bus {
     }
 
     async fn send(&self, to: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
-        // A publisher that never has to wait must let others run now and then.
-        tokio::task::consume_budget().await;
+        yield_now_and_then().await;
         match self.pubsub.publish_now(to, events, &options) {
             Some(published) => published,
             None => self.pubsub.publish(to, events, options).await,

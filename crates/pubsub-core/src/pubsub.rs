@@ -101,27 +101,27 @@ pub trait PubSub: Send + Sync + Debug + 'static {
 
 /// Where published events stand in their topic, in the order they were given; empty where the backend retains nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Positions(Vec<Cursor>);
+pub struct Positions(Option<Box<[Cursor]>>);
 
 impl Positions {
     /// No positions.
     pub const fn none() -> Self {
-        Self(Vec::new())
+        Self(None)
     }
 
     /// The cursor of the event given at this place.
     pub fn get(&self, event: usize) -> Option<&Cursor> {
-        self.0.get(event)
+        self.as_slice().get(event)
     }
 
     /// All of them.
     pub fn as_slice(&self) -> &[Cursor] {
-        &self.0
+        self.0.as_deref().unwrap_or_default()
     }
 }
 
 impl From<Vec<Cursor>> for Positions {
     fn from(cursors: Vec<Cursor>) -> Self {
-        Self(cursors)
+        Self((!cursors.is_empty()).then(|| cursors.into()))
     }
 }

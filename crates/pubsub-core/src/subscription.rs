@@ -113,26 +113,36 @@ impl Subscription {
     }
 
     /// The next delivery that passes the filter, settled as `mode` says.
+    #[inline]
     pub(crate) fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         if self.ended {
             return Poll::Ready(None);
         }
+        if self.options.filter.is_some() {
+            return self.poll_filtered(cx, mode);
+        }
+        let next = self.source.poll_next(cx, mode);
+        self.ended = matches!(next, Poll::Ready(None | Some(Err(_))));
+        next
+    }
+
+    fn poll_filtered(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         loop {
-            let next = std::task::ready!(self.source.poll_next(cx, mode));
-            match next {
-                Some(Ok(delivery)) if self.rejects(&delivery) => {
-                    self.lagged += delivery.lagged();
-                    drop(delivery.settle(Settlement::Done));
-                }
-                Some(Ok(delivery)) if self.lagged == 0 => return Poll::Ready(Some(Ok(delivery))),
-                Some(Ok(delivery)) => {
+            let mut next = std::task::ready!(self.source.poll_next(cx, mode));
+            let Some(Ok(delivery)) = &next else {
+                self.ended = true;
+                return Poll::Ready(next);
+            };
+            if !self.rejects(delivery) {
+                if self.lagged > 0 {
                     let lagged = mem::take(&mut self.lagged) + delivery.lagged();
-                    return Poll::Ready(Some(Ok(delivery.after_losing(lagged))));
+                    next = next.map(|delivery| delivery.map(|delivery| delivery.after_losing(lagged)));
                 }
-                last => {
-                    self.ended = true;
-                    return Poll::Ready(last);
-                }
+                return Poll::Ready(next);
+            }
+            self.lagged += delivery.lagged();
+            if let Some(Ok(delivery)) = next {
+                drop(delivery.settle(Settlement::Done));
             }
         }
     }

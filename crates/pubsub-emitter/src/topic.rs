@@ -34,6 +34,9 @@ pub(crate) struct TopicState {
 struct Attached {
     fan_out: Vec<(InstanceId, Arc<DeliveryQueue>)>,
     groups: Vec<Arc<DeliveryQueue>>,
+    /// How many more events are sure to fit into every queue: counted once, less what was pushed since. Only pushing and
+    /// attaching make it less.
+    sure_room: usize,
     /// Replaced as a whole, so that a publisher calls the handlers without a lock.
     inline: Handlers,
     letters: Option<Letters>,
@@ -77,15 +80,15 @@ impl TopicState {
         if self.waiting.load(Ordering::Acquire) > 0 {
             return None;
         }
-        let attached = self.attached.lock();
-        (attached.room(only) >= events.len()).then(|| attached.push(events, only, aftermath))
+        let mut attached = self.attached.lock();
+        attached.has_room(events.len(), only).then(|| attached.push(events, only, aftermath))
     }
 
     /// Gives as many of the events, in order, as every queue has room for, to all, and returns how many those were.
     pub(crate) fn offer(&self, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
         let mut aftermath = Aftermath::new();
         let (taken, inline) = {
-            let attached = self.attached.lock();
+            let mut attached = self.attached.lock();
             let taken = attached.room(only).min(events.len());
             (taken, attached.push(&events[..taken], only, &mut aftermath))
         };
@@ -137,6 +140,7 @@ impl TopicState {
             move || on_end()
         };
         let mut attached = self.attached.lock();
+        attached.sure_room = 0;
         let Some(group) = options.group.clone() else {
             let queue = DeliveryQueue::fan_out(self.topic.clone(), timer, hub.sink());
             let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
@@ -177,12 +181,12 @@ impl TopicState {
         let mut aftermath = Aftermath::new();
         let mut attached = self.attached.lock();
         let letters = attached.letters(hub, &self.topic);
-        let place = (letters.scope.clone(), Position::from(letters.next));
+        let entry = Entry::new(letter.clone()).at(letters.scope.clone(), letters.next);
         letters.kept.push_back((letters.next, letter.clone()));
         letters.next += 1;
         let lost = if letters.kept.len() > letters.retention { letters.kept.pop_front() } else { None };
         for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
-            queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut aftermath);
+            queue.push([entry.clone()], &mut aftermath);
         }
         (aftermath, lost)
     }
@@ -191,12 +195,13 @@ impl TopicState {
     pub(crate) fn offer_letter(&self, letter: &Arc<Event>) -> bool {
         let mut aftermath = Aftermath::new();
         let inline = {
-            let attached = self.attached.lock();
-            if attached.room(None) == 0 {
+            let mut attached = self.attached.lock();
+            if !attached.has_room(1, None) {
                 return false;
             }
+            attached.sure_room -= 1;
             for queue in attached.queues(None).filter(|queue| !queue.is_durable()) {
-                queue.push(entries(std::slice::from_ref(letter), None), &mut aftermath);
+                queue.push([Entry::new(letter.clone())], &mut aftermath);
             }
             attached.inline.clone()
         };
@@ -283,11 +288,24 @@ impl Attached {
         fan_out.map(|(_, queue)| queue).chain(&self.groups)
     }
 
-    fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
-        for queue in self.queues(only) {
-            queue.push(entries(events, only), aftermath);
+    /// Gives events to every queue; they are known to fit.
+    fn push(&mut self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
+        self.sure_room = self.sure_room.saturating_sub(events.len());
+        match only {
+            None => self.queues(None).for_each(|queue| queue.push(events.iter().cloned().map(Entry::new), aftermath)),
+            Some(instance) => {
+                let entry = |event: &Arc<Event>| Entry::new(event.clone()).only(instance);
+                self.queues(only).for_each(|queue| queue.push(events.iter().map(entry), aftermath));
+            }
         }
         (!self.inline.is_empty()).then(|| self.inline.clone())
+    }
+
+    fn has_room(&mut self, count: usize, only: Option<InstanceId>) -> bool {
+        if self.sure_room < count {
+            self.sure_room = self.room(None);
+        }
+        self.sure_room >= count || (only.is_some() && self.room(only) >= count)
     }
 
     fn room(&self, only: Option<InstanceId>) -> usize {
@@ -320,16 +338,11 @@ impl Attached {
         };
         let from = letters.start(options.start.as_ref().unwrap_or(&Start::Earliest), options.on_gap)?;
         let queue = DeliveryQueue::durable_group(topic.clone(), group, letters.retention, timer, hub.sink());
-        let place = |number: u64| Some((letters.scope.clone(), Position::from(number)));
         let backlog = letters.kept.iter().filter(|(number, _)| *number >= from);
-        let backlog = backlog.map(|(number, letter)| Entry { place: place(*number), ..Entry::new(letter.clone()) });
+        let backlog = backlog.map(|(number, letter)| Entry::new(letter.clone()).at(letters.scope.clone(), *number));
         queue.push(backlog, &mut Aftermath::new()); // nobody waits on a new queue
         Ok(queue)
     }
-}
-
-fn entries(events: &[Arc<Event>], only: Option<InstanceId>) -> impl Iterator<Item = Entry> + '_ {
-    events.iter().map(move |event| Entry { only, ..Entry::new(event.clone()) })
 }
 
 impl Letters {

@@ -9,20 +9,21 @@ mod state;
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use parking_lot::Mutex;
-use smallvec::SmallVec;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use self::member::{Membership, QueueSource};
-use self::state::{Chores, Item, State};
+use self::member::{Hand, Membership, QueueSource};
+use self::state::{Chores, Rare, State};
 use super::{Due, Timer};
+use crate::delivery::Extras;
 use crate::{
     AckMode, Delivery, Event, Group, GroupStatus, Position, Receipt, Result, Scope, SubscribeOptions, Subscription,
     SubscriptionStatus, Timestamp, Topic,
@@ -35,8 +36,15 @@ pub type InstanceId = u64;
 /// dropped. Both run code that is not the queue's. Dropping it does it.
 #[derive(Default)]
 pub struct Aftermath {
-    wakers: SmallVec<[Waker; 4]>,
-    lost: Vec<Item>,
+    waker: Option<Waker>,
+    more: Option<Box<More>>,
+}
+
+/// What most pushes leave nothing of.
+#[derive(Default)]
+struct More {
+    wakers: Vec<Waker>,
+    lost: Vec<Entry>,
 }
 
 impl Aftermath {
@@ -46,20 +54,42 @@ impl Aftermath {
     }
 
     /// Does what is to be done; to be called where no lock is held.
+    #[inline]
     pub fn finish(self) {}
+
+    fn more(&mut self) -> &mut More {
+        self.more.get_or_insert_default()
+    }
+
+    fn wake(&mut self, waker: Waker) {
+        match self.waker {
+            None => self.waker = Some(waker),
+            Some(_) => self.more().wakers.push(waker),
+        }
+    }
+
+    fn lose(&mut self, entry: Entry) {
+        self.more().lost.push(entry);
+    }
 }
 
 impl Drop for Aftermath {
+    #[inline]
     fn drop(&mut self) {
-        if !self.wakers.is_empty() {
-            self.wakers.drain(..).for_each(Waker::wake);
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+        if let Some(more) = self.more.take() {
+            more.wakers.into_iter().for_each(Waker::wake);
         }
     }
 }
 
 impl fmt::Debug for Aftermath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Aftermath").field("wakers", &self.wakers.len()).field("lost", &self.lost.len()).finish()
+        let (wakers, lost) = self.more.as_ref().map_or((0, 0), |more| (more.wakers.len(), more.lost.len()));
+        let wakers = wakers + usize::from(self.waker.is_some());
+        f.debug_struct("Aftermath").field("wakers", &wakers).field("lost", &lost).finish()
     }
 }
 
@@ -70,29 +100,65 @@ pub trait DeadLetterSink: Send + Sync + 'static {
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>>;
 }
 
-/// An event on its way into a queue.
+/// An event on its way into a queue. Clones share what is said about it.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// The event.
-    pub event: Arc<Event>,
-    /// Its attempt: 1, unless a server counted more.
-    pub attempt: u32,
-    /// Where it stands in its topic, where that is retained.
-    pub place: Option<(Arc<Scope>, Position)>,
-    /// The one instance it is for, if it is local to one.
-    pub only: Option<InstanceId>,
+    event: Arc<Event>,
+    attempt: u32,
+    extras: Option<Arc<Extras>>,
 }
 
 impl Entry {
     /// An event at its first attempt, for any instance, retained nowhere.
+    #[inline]
     pub fn new(event: Arc<Event>) -> Self {
-        Self { event, attempt: 1, place: None, only: None }
+        Self { event, attempt: 1, extras: None }
+    }
+
+    /// Sets its attempt: a server has counted.
+    #[must_use]
+    pub fn attempt(mut self, attempt: u32) -> Self {
+        self.attempt = attempt;
+        self
+    }
+
+    /// Adds where it stands in its topic, where that is retained.
+    #[must_use]
+    pub fn at(mut self, scope: Arc<Scope>, position: impl Into<Position>) -> Self {
+        self.extras().place = Some((scope, position.into()));
+        self
+    }
+
+    /// Makes it local to one instance.
+    #[must_use]
+    pub fn only(mut self, instance: InstanceId) -> Self {
+        self.extras().only = Some(instance);
+        self
+    }
+
+    fn is_only_for(&self) -> Option<InstanceId> {
+        self.extras.as_ref()?.only
+    }
+
+    /// How many were lost right before it.
+    fn lagged(&self) -> u64 {
+        self.extras.as_ref().map_or(0, |extras| extras.lagged)
+    }
+
+    fn after_losing(mut self, lagged: u64) -> Self {
+        if lagged != self.lagged() {
+            self.extras().lagged = lagged;
+        }
+        self
+    }
+
+    fn extras(&mut self) -> &mut Extras {
+        Arc::make_mut(self.extras.get_or_insert_default())
     }
 
     /// The delivery of this entry that is settled by being handed over.
-    fn settled(self, lagged: u64) -> Delivery {
-        let Self { event, attempt, place, .. } = self;
-        placed(Delivery::settled(event, attempt).after_losing(lagged), place)
+    fn settled(self) -> Delivery {
+        Delivery::settled(self.event, self.attempt).with_extras(self.extras)
     }
 }
 
@@ -122,15 +188,12 @@ pub struct DeliveryQueue {
     timer: Arc<Timer>,
     sink: Arc<dyn DeadLetterSink>,
     state: Mutex<State>,
-    /// The state's `ended`, to be read without its lock.
-    has_ended: AtomicBool,
+    hand: Arc<Hand>,
     /// Entries that count towards the bound; changed under the state's lock, read without.
     len: AtomicUsize,
     capacity: AtomicUsize,
     /// Whether it loses the oldest rather than make publishers wait: as a durable group, or because all its members chose to.
     lossy: AtomicBool,
-    /// Entries in the hands of the only member's source, not handed over yet (fan-out).
-    stashed: AtomicUsize,
     /// Publishers waiting for room, and the bell they wait for.
     room_wanted: AtomicUsize,
     room: Notify,
@@ -178,11 +241,10 @@ impl DeliveryQueue {
             timer,
             sink,
             state: Mutex::new(State::new(is_group, durable.is_some())),
-            has_ended: AtomicBool::new(false),
+            hand: Arc::default(),
             len: AtomicUsize::new(0),
             capacity: AtomicUsize::new(durable.unwrap_or(1)),
             lossy: AtomicBool::new(durable.is_some()),
-            stashed: AtomicUsize::new(0),
             room_wanted: AtomicUsize::new(0),
             room: Notify::new(),
             drain_wanted: AtomicUsize::new(0),
@@ -257,7 +319,7 @@ impl DeliveryQueue {
 
     /// Whether it has ended: it takes and gives nothing more.
     pub fn is_ended(&self) -> bool {
-        self.has_ended.load(Ordering::Acquire)
+        self.hand.has_ended.load(Ordering::Acquire)
     }
 
     /// Whether what waits here can be taken without this instance: by members of others, or by members to come.
@@ -270,23 +332,24 @@ impl DeliveryQueue {
     ///
     /// Entries local to an instance without a member are refused by doing nothing.
     pub fn push(&self, entries: impl IntoIterator<Item = Entry>, aftermath: &mut Aftermath) {
-        let chores = {
-            let mut state = self.state.lock();
-            if state.ended {
-                return;
-            }
-            state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), &mut aftermath.lost);
-            self.len.store(state.bounded_len(), Ordering::Release);
-            state.is_anyone_parked().then(|| {
-                let mut chores = Chores::default();
-                state.wake(&mut chores);
-                chores
-            })
-        };
-        if let Some(mut chores) = chores {
-            aftermath.wakers.extend(chores.wakers.drain(..));
-            self.finish(&mut chores);
+        let mut state = self.state.lock();
+        if state.ended {
+            return;
         }
+        state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), aftermath);
+        self.len.store(state.bounded_len(), Ordering::Release);
+        if state.is_anyone_parked() {
+            self.wake_parked(state, aftermath);
+        }
+    }
+
+    #[inline(never)] // pushing to who is busy is to stay small
+    fn wake_parked(&self, mut state: MutexGuard<'_, State>, aftermath: &mut Aftermath) {
+        let mut chores = Chores::default();
+        state.wake(&mut chores);
+        drop(state);
+        chores.take_wakers().for_each(|waker| aftermath.wake(waker));
+        self.finish(chores);
     }
 
     /// Ends the queue: what waits is dropped, members' streams end. Returns how many entries were dropped.
@@ -298,7 +361,7 @@ impl DeliveryQueue {
             self.publish_state(&state);
             dropped
         };
-        self.finish(&mut chores);
+        self.finish(chores);
         dropped
     }
 
@@ -314,7 +377,7 @@ impl DeliveryQueue {
             self.len.store(state.bounded_len(), Ordering::Release);
         }
         let forgotten = chores.rare().dropped.len() as u64;
-        self.finish(&mut chores);
+        self.finish(chores);
         forgotten
     }
 
@@ -331,14 +394,14 @@ impl DeliveryQueue {
             state.wake(&mut chores);
             tokens.len() as u64
         };
-        self.finish(&mut chores);
+        self.finish(chores);
         count
     }
 
     /// What the only member's source took and did not hand over; nothing once the queue has ended, whatever the source may still
     /// be storing. While the lock is held it only becomes less.
     fn stashed(&self, state: &State) -> u64 {
-        if state.ended { 0 } else { self.stashed.load(Ordering::SeqCst) as u64 }
+        if state.ended { 0 } else { self.hand.stashed.load(Ordering::SeqCst) as u64 }
     }
 
     /// Whether nothing is queued, held, or due to come back.
@@ -383,7 +446,7 @@ impl DeliveryQueue {
     pub fn status(&self) -> QueueStatus {
         let state = self.state.lock();
         let queued = state.ready.front().into_iter().chain(state.returned.iter()).chain(state.delayed.iter());
-        let queued = queued.chain(state.local.iter().flat_map(|(_, items)| items)).map(|item| &item.entry);
+        let queued = queued.chain(state.local.iter().flat_map(|(_, items)| items));
         let oldest = queued.chain(state.held.iter().map(|(_, held)| &held.entry)).map(|entry| entry.event.created_at()).min();
         let age = |time: Timestamp| {
             Duration::from_millis(Timestamp::now().as_millis().saturating_sub(time.as_millis()).try_into().unwrap_or(0))
@@ -420,10 +483,11 @@ impl DeliveryQueue {
 
     /// What a member asks for: the next delivery, or to be woken when there is one. What it takes beyond that goes into `stash`,
     /// up to `take` in all, if it is the only member.
+    #[inline(never)] // what needs no lock is to stay small
     fn poll_take(
         self: &Arc<Self>,
         token: u64,
-        stash: &mut VecDeque<Item>,
+        stash: &mut VecDeque<Entry>,
         take: usize,
         cx: &mut Context<'_>,
         mode: AckMode,
@@ -437,10 +501,10 @@ impl DeliveryQueue {
                 state.wait_for_hands(token, cx);
                 state.wake(&mut chores); // meanwhile the work is for others
                 drop(state);
-                self.finish(&mut chores);
+                self.finish(chores);
                 return Poll::Pending;
             }
-            let Some(Item { entry, lagged }) = state.next_for(token, stash) else {
+            let Some(entry) = state.next_for(token, stash) else {
                 state.park(token, cx);
                 drop(state);
                 self.timer.go_on(); // what it waits for may have to come back first
@@ -451,12 +515,12 @@ impl DeliveryQueue {
                 // Handing these over will need no lock.
                 let more = (take - 1).min(state.ready.len());
                 if more == state.ready.len() {
-                    std::mem::swap(stash, &mut state.ready);
+                    mem::swap(stash, &mut state.ready);
                 } else {
                     stash.extend(state.ready.drain(..more));
                 }
             }
-            self.stashed.store(stash.len(), Ordering::Release);
+            self.hand.stashed.store(stash.len(), Ordering::Release);
             self.len.store(state.bounded_len(), Ordering::Release);
             chores.room = true;
             state.wake(&mut chores);
@@ -466,22 +530,22 @@ impl DeliveryQueue {
                 let (options, attempts) = (options.clone(), entry.attempt - 1);
                 state.give_up(entry, attempts, "attempts exhausted".into(), &options, &mut chores);
                 drop(state);
-                self.finish(&mut chores);
+                self.finish(chores);
                 continue;
             }
             let delivery = match mode {
                 AckMode::Auto => {
                     chores.drained = true;
-                    entry.settled(lagged)
+                    entry.settled()
                 }
                 AckMode::Manual => {
-                    let (event, attempt, place) = (entry.event.clone(), entry.attempt, entry.place.clone());
+                    let Entry { event, attempt, extras } = entry.clone();
                     let in_flight = state.hold(entry, token, Instant::now(), &mut chores);
-                    placed(Delivery::held(event, attempt, self.clone(), in_flight).after_losing(lagged), place)
+                    Delivery::held(event, attempt, self.clone(), in_flight).with_extras(extras)
                 }
             };
             drop(state);
-            self.finish(&mut chores);
+            self.finish(chores);
             return Poll::Ready(Some(Ok(delivery)));
         }
     }
@@ -493,34 +557,41 @@ impl DeliveryQueue {
             state.leave(member, &mut chores);
             self.publish_state(&state);
         }
-        self.finish(&mut chores);
+        self.finish(chores);
     }
 
     /// Makes readable without the lock what leaving and ending change.
     fn publish_state(&self, state: &State) {
-        self.has_ended.store(state.ended, Ordering::Release);
+        self.hand.has_ended.store(state.ended, Ordering::Release);
         self.lossy.store(state.is_lossy(), Ordering::Relaxed);
         self.len.store(state.bounded_len(), Ordering::Release);
     }
 
     /// Does what must not be done under the lock. Returns the receipt of a dead letter, if there was one.
     #[inline]
-    fn finish(&self, chores: &mut Chores) -> Option<Receipt> {
-        if let Some(when) = chores.arm {
+    fn finish(&self, chores: Chores) -> Option<Receipt> {
+        let Chores { waker, arm, room, drained, rare } = chores;
+        if let Some(when) = arm {
             let me: Weak<dyn Due> = self.me.clone();
             self.timer.call_at(when, me);
         }
-        if !chores.wakers.is_empty() {
-            chores.wakers.drain(..).for_each(Waker::wake);
+        if let Some(waker) = waker {
+            waker.wake();
         }
-        if chores.room && self.room_wanted.load(Ordering::SeqCst) > 0 {
+        if room && self.room_wanted.load(Ordering::SeqCst) > 0 {
             self.room.notify_waiters();
         }
-        let receipt = chores.rare.take().and_then(|rare| rare.letters.into_iter().map(|letter| self.bury(letter)).last());
-        if chores.drained {
+        let receipt = rare.and_then(|rare| self.finish_rare(*rare));
+        if drained {
             self.ring_drained();
         }
         receipt
+    }
+
+    #[cold]
+    fn finish_rare(&self, rare: Rare) -> Option<Receipt> {
+        rare.wakers.into_iter().for_each(Waker::wake);
+        rare.letters.into_iter().map(|letter| self.bury(letter)).last()
     }
 
     #[inline]
@@ -544,13 +615,6 @@ impl fmt::Debug for DeliveryQueue {
             .field("group", &self.group)
             .field("status", &self.status())
             .finish_non_exhaustive()
-    }
-}
-
-fn placed(delivery: Delivery, place: Option<(Arc<Scope>, Position)>) -> Delivery {
-    match place {
-        Some((scope, position)) => delivery.at(scope, position),
-        None => delivery,
     }
 }
 

@@ -16,7 +16,7 @@ impl Settler for DeliveryQueue {
         let mut chores = Chores { drained: true, ..Chores::default() };
         let settled = self.record(token, settlement, &mut chores);
         self.timer.go_on();
-        self.finish(&mut chores).unwrap_or_else(|| Receipt::ready(settled))
+        self.finish(chores).unwrap_or_else(|| Receipt::ready(settled))
     }
 
     fn extend(&self, token: u64) -> Receipt {
@@ -108,7 +108,7 @@ impl Due for DeliveryQueue {
         let mut chores = Chores::default();
         self.state.lock().due(now, &mut chores);
         let next = chores.arm.take();
-        self.finish(&mut chores);
+        self.finish(chores);
         next
     }
 }

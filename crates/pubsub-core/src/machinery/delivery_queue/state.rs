@@ -10,7 +10,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::{Entry, InstanceId};
+use super::{Aftermath, Entry, InstanceId};
 use crate::machinery::{InFlight, RetryQueue};
 use crate::{Event, Overflow, SubscribeOptions, Topic};
 
@@ -30,12 +30,12 @@ pub(super) struct State {
     pub(super) durable: bool,
     pub(super) ended: bool,
     /// What was pushed, bounded.
-    pub(super) ready: VecDeque<Item>,
+    pub(super) ready: VecDeque<Entry>,
     /// What was pushed for one instance of a group only; counts towards the same bound.
-    pub(super) local: Vec<(InstanceId, VecDeque<Item>)>,
+    pub(super) local: Vec<(InstanceId, VecDeque<Entry>)>,
     /// What came back: retries that are due and releases. Goes before what is ready.
-    pub(super) returned: VecDeque<Item>,
-    pub(super) delayed: RetryQueue<Item>,
+    pub(super) returned: VecDeque<Entry>,
+    pub(super) delayed: RetryQueue<Entry>,
     pub(super) held: InFlight<Held>,
     members: InFlight<Member>,
     /// Members that have not left; those that have stay known while they hold something.
@@ -66,11 +66,6 @@ pub(super) struct Counts {
     pub(super) dropped: u64,
 }
 
-pub(super) struct Item {
-    pub(super) entry: Entry,
-    pub(super) lagged: u64,
-}
-
 pub(super) struct Member {
     pub(super) instance: InstanceId,
     pub(super) options: Arc<SubscribeOptions>,
@@ -90,7 +85,8 @@ pub(super) struct Held {
 /// What is to be done once the lock is released. Mostly nothing, and then it costs nothing.
 #[derive(Default)]
 pub(super) struct Chores {
-    pub(super) wakers: SmallVec<[Waker; 2]>,
+    /// A consumer to wake; `rare` has more.
+    pub(super) waker: Option<Waker>,
     pub(super) arm: Option<Instant>,
     /// Ring for publishers that wait for room.
     pub(super) room: bool,
@@ -101,9 +97,10 @@ pub(super) struct Chores {
 
 #[derive(Default)]
 pub(super) struct Rare {
+    pub(super) wakers: Vec<Waker>,
     pub(super) letters: Vec<Letter>,
     /// Entries that are gone. Their payloads' destructors are user code.
-    pub(super) dropped: Vec<Item>,
+    pub(super) dropped: Vec<Entry>,
 }
 
 impl Chores {
@@ -113,9 +110,17 @@ impl Chores {
 
     #[inline]
     fn wake(&mut self, waker: Option<Waker>) {
-        if let Some(waker) = waker {
-            self.wakers.push(waker);
+        if self.waker.is_none() {
+            self.waker = waker;
+        } else if let Some(waker) = waker {
+            self.rare().wakers.push(waker);
         }
+    }
+
+    /// The consumers to wake, for somebody who does it later.
+    pub(super) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> + use<> {
+        let more = self.rare.as_mut().map(|rare| mem::take(&mut rare.wakers));
+        self.waker.take().into_iter().chain(more.into_iter().flatten())
     }
 }
 
@@ -222,25 +227,25 @@ impl State {
 
     // Contents.
 
-    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, dropped: &mut Vec<Item>) {
+    #[inline]
+    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, aftermath: &mut Aftermath) {
         let mut len = self.bounded_len();
         for entry in entries {
-            let item = Item { entry, lagged: 0 };
-            match item.entry.only {
+            match entry.is_only_for() {
                 // A backend pushes to a fan-out queue only what is for its one member.
                 Some(instance) if self.group => {
                     if !self.has_member_of(instance) {
-                        dropped.push(item);
+                        aftermath.lose(entry);
                         continue;
                     }
-                    self.local_of(instance).push_back(item);
+                    self.local_of(instance).push_back(entry);
                 }
-                _ => self.ready.push_back(item),
+                _ => self.ready.push_back(entry),
             }
             len += 1;
             // As it goes: a burst must not leave a buffer of its size behind.
             while len > capacity {
-                self.lose_oldest(dropped);
+                self.lose_oldest(aftermath);
                 len -= 1;
             }
         }
@@ -249,13 +254,13 @@ impl State {
     /// What waits, in no order.
     pub(super) fn waiting_events(&self) -> impl Iterator<Item = &Arc<Event>> {
         let items = self.ready.iter().chain(&self.returned).chain(self.delayed.iter());
-        items.chain(self.local.iter().flat_map(|(_, items)| items)).map(|item| &item.entry.event)
+        items.chain(self.local.iter().flat_map(|(_, items)| items)).map(|entry| &entry.event)
     }
 
     /// Removes what waits of these events.
     pub(super) fn remove(&mut self, gone: &HashSet<*const Event>, chores: &mut Chores) {
-        let is_gone = |item: &Item| gone.contains(&Arc::as_ptr(&item.entry.event));
-        let mut sift = |items: &mut VecDeque<Item>| {
+        let is_gone = |entry: &Entry| gone.contains(&Arc::as_ptr(&entry.event));
+        let mut sift = |items: &mut VecDeque<Entry>| {
             let (lost, kept): (VecDeque<_>, VecDeque<_>) = mem::take(items).into_iter().partition(is_gone);
             *items = kept;
             chores.rare().dropped.extend(lost);
@@ -266,7 +271,7 @@ impl State {
         chores.rare().dropped.extend(self.delayed.extract(is_gone));
     }
 
-    fn local_of(&mut self, instance: InstanceId) -> &mut VecDeque<Item> {
+    fn local_of(&mut self, instance: InstanceId) -> &mut VecDeque<Entry> {
         let place = self.local.iter().position(|(of, _)| *of == instance).unwrap_or_else(|| {
             self.local.push((instance, VecDeque::new()));
             self.local.len() - 1
@@ -274,12 +279,14 @@ impl State {
         &mut self.local[place].1
     }
 
-    fn lose_oldest(&mut self, dropped: &mut Vec<Item>) {
+    #[cold]
+    fn lose_oldest(&mut self, aftermath: &mut Aftermath) {
         let lost = self.ready.pop_front().or_else(|| self.local.iter_mut().find_map(|(_, items)| items.pop_front()));
+        let Some(lost) = lost else { return };
         // What it had lost before it is lost still.
-        self.lagged += lost.as_ref().map_or(0, |lost| 1 + lost.lagged);
-        self.counts.lagged += u64::from(lost.is_some());
-        dropped.extend(lost);
+        self.lagged += 1 + lost.lagged();
+        self.counts.lagged += 1;
+        aftermath.lose(lost);
     }
 
     /// What counts towards the bound.
@@ -297,44 +304,43 @@ impl State {
 
     /// What a member takes next, if there is anything for it: what came back, then what it had taken ahead, then what is new;
     /// nothing new while too many deliveries wait for their back-off.
-    pub(super) fn next_for(&mut self, token: u64, ahead: &mut VecDeque<Item>) -> Option<Item> {
+    pub(super) fn next_for(&mut self, token: u64, ahead: &mut VecDeque<Entry>) -> Option<Entry> {
         let member = self.member(token)?;
         let (instance, most) = (member.instance, member.options.max_in_flight.max(DELAYED));
-        if let Some(item) = self.returned.pop_front() {
-            return Some(item);
+        if let Some(entry) = self.returned.pop_front() {
+            return Some(entry);
         }
         if self.delayed.len() >= most {
             return None;
         }
-        if let Some(item) = ahead.pop_front() {
-            return Some(item);
+        if let Some(entry) = ahead.pop_front() {
+            return Some(entry);
         }
         let local = self.local.iter_mut().find(|(of, _)| *of == instance);
-        if let Some(item) = local.and_then(|(_, items)| items.pop_front()) {
-            return Some(item);
+        if let Some(entry) = local.and_then(|(_, items)| items.pop_front()) {
+            return Some(entry);
         }
-        let mut item = self.ready.pop_front()?;
-        item.lagged = mem::take(&mut self.lagged);
-        Some(item)
+        let entry = self.ready.pop_front()?;
+        Some(if self.lagged > 0 { entry.after_losing(mem::take(&mut self.lagged)) } else { entry })
     }
 
     /// What came back goes to the front, uncounted towards the bound: it was counted when it was pushed.
     pub(super) fn give_back(&mut self, entry: Entry, chores: &mut Chores) {
-        let item = Item { entry, lagged: 0 };
-        match item.entry.only {
+        let entry = entry.after_losing(0);
+        match entry.is_only_for() {
             Some(instance) if self.group => {
                 if self.has_member_of(instance) {
-                    self.local_of(instance).push_front(item);
+                    self.local_of(instance).push_front(entry);
                 } else {
-                    chores.rare().dropped.push(item);
+                    chores.rare().dropped.push(entry);
                 }
             }
-            _ => self.returned.push_back(item),
+            _ => self.returned.push_back(entry),
         }
     }
 
     pub(super) fn retry_at(&mut self, due: Instant, entry: Entry, chores: &mut Chores) {
-        self.delayed.push(due, Item { entry, lagged: 0 });
+        self.delayed.push(due, entry);
         self.want(due, chores);
     }
 
@@ -399,7 +405,7 @@ impl State {
         let Some(Held { entry, waker, .. }) = self.let_go(token, chores) else { return };
         chores.wake(waker);
         if self.ended {
-            chores.rare().dropped.push(Item { entry, lagged: 0 });
+            chores.rare().dropped.push(entry);
             return;
         }
         if options.retry.is_exhausted_after(entry.attempt) {
@@ -519,8 +525,8 @@ impl State {
             self.armed.pop();
         }
         self.patient = false;
-        while let Some(item) = self.delayed.pop_due(now) {
-            self.give_back(item.entry, chores);
+        while let Some(entry) = self.delayed.pop_due(now) {
+            self.give_back(entry, chores);
         }
         if self.hold_due.is_some_and(|due| due <= now) {
             let overdue: Vec<u64> = self.holds().filter(|(until, _)| *until <= now).map(|(_, token)| token).collect();
