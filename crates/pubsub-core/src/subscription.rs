@@ -53,6 +53,9 @@ pub struct Subscription {
     source: Box<dyn Source>,
     handle: SubscriptionHandle,
     options: Arc<SubscribeOptions>,
+    /// Who settles what is read as a stream, and whether there is a filter: of the options, what is asked for every delivery.
+    mode: AckMode,
+    is_filtered: bool,
     /// Lost before deliveries that the filter rejected, and not told yet.
     lagged: u64,
     ended: bool,
@@ -67,7 +70,10 @@ impl Subscription {
         control: Arc<dyn Control>,
     ) -> Self {
         let handle = SubscriptionHandle(Arc::new(Shared { topic, control, nudge: Arc::default() }));
-        Self { source, handle, options: options.into(), lagged: 0, ended: false }
+        let options: Arc<SubscribeOptions> = options.into();
+        let usual = if options.group.is_some() { AckMode::Manual } else { AckMode::Auto };
+        let (mode, is_filtered) = (options.ack_mode.unwrap_or(usual), options.filter.is_some());
+        Self { source, handle, options, mode, is_filtered, lagged: 0, ended: false }
     }
 
     /// The topic it is on.
@@ -107,18 +113,13 @@ impl Subscription {
         self.options.ack_mode.unwrap_or(AckMode::Manual)
     }
 
-    fn stream_mode(&self) -> AckMode {
-        let usual = if self.options.group.is_some() { AckMode::Manual } else { AckMode::Auto };
-        self.options.ack_mode.unwrap_or(usual)
-    }
-
     /// The next delivery that passes the filter, settled as `mode` says.
     #[inline]
     pub(crate) fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         if self.ended {
             return Poll::Ready(None);
         }
-        if self.options.filter.is_some() {
+        if self.is_filtered {
             return self.poll_filtered(cx, mode);
         }
         let next = self.source.poll_next(cx, mode);
@@ -156,7 +157,7 @@ impl Stream for Subscription {
     type Item = Result<Delivery>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Delivery>>> {
-        let mode = self.stream_mode();
+        let mode = self.mode;
         self.poll_delivery(cx, mode)
     }
 }

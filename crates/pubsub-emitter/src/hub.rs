@@ -118,7 +118,7 @@ impl Hub {
         let mut aftermath = Aftermath::new();
         let inline = {
             let topics = self.topics.read();
-            let Some(state) = topics.get(topic) else { return true };
+            let Some(state) = topics.get(topic.as_str()) else { return true };
             match state.push_all(events, only, &mut aftermath) {
                 Some(inline) => inline,
                 None => return false,

@@ -289,6 +289,7 @@ impl Attached {
     }
 
     /// Gives events to every queue; they are known to fit.
+    #[inline]
     fn push(&mut self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
         self.sure_room = self.sure_room.saturating_sub(events.len());
         match only {

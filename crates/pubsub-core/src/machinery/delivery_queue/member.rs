@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use tokio::task::coop;
 
 use super::{DeliveryQueue, Entry};
-use crate::{AckMode, Control, Delivery, Result, Source, SubscriptionStatus};
+use crate::{AckMode, Control, Delivery, Receipt, Result, Settlement, Settler, Source, SubscriptionStatus};
 
 /// A member's place in a queue, shared by its source and its handles.
 pub(super) struct Membership {
@@ -57,11 +57,39 @@ impl fmt::Debug for Membership {
 /// A member's stream.
 pub(super) struct QueueSource {
     membership: Arc<Membership>,
+    queue: Arc<DeliveryQueue>,
     hand: Arc<Hand>,
     /// Taken and not handed over; only a fan-out member has any.
     stash: VecDeque<Entry>,
     /// The most to take in one go.
     take: usize,
+    member: u64,
+    /// Made by the first delivery that is held.
+    holder: Option<Arc<Holder>>,
+}
+
+/// How what a member holds refers to the queue: members count their references in memory of their own, not all in the queue's.
+pub(super) struct Holder(Arc<DeliveryQueue>);
+
+impl Holder {
+    pub(super) fn new(queue: &Arc<DeliveryQueue>) -> Arc<Self> {
+        Arc::new(Self(queue.clone()))
+    }
+}
+
+impl Settler for Holder {
+    #[inline]
+    fn settle(&self, token: u64, settlement: Settlement) -> Receipt {
+        self.0.settle(token, settlement)
+    }
+
+    fn extend(&self, token: u64) -> Receipt {
+        self.0.extend(token)
+    }
+
+    fn poll_revoked(&self, token: u64, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.poll_revoked(token, cx)
+    }
 }
 
 /// What a consumer that takes ahead looks at and writes with every delivery, in memory of its own: publishers write to the queue
@@ -76,22 +104,22 @@ pub(super) struct Hand {
 
 impl QueueSource {
     pub(super) fn new(membership: Arc<Membership>, take: usize) -> Self {
-        Self { hand: membership.queue.hand.clone(), membership, stash: VecDeque::new(), take }
+        let (queue, member) = (membership.queue.clone(), membership.member);
+        Self { hand: queue.hand.clone(), queue, membership, stash: VecDeque::new(), take, member, holder: None }
     }
 
     /// The next delivery without a lock, where nothing needs one: it is settled by being handed over, at its first attempt.
     #[inline]
     fn next_stashed(&mut self) -> Option<Delivery> {
-        let first = self.stash.front().is_some_and(|entry| entry.attempt == 1);
-        if !first || self.hand.has_ended.load(Ordering::Acquire) {
+        if self.hand.has_ended.load(Ordering::Acquire) {
             return None;
         }
-        let entry = self.stash.pop_front()?;
+        let entry = self.stash.pop_front_if(|entry| entry.attempt == 1)?;
         self.hand.stashed.store(self.stash.len(), Ordering::Release);
         if self.stash.is_empty() {
             // Ordered against a waiter that counts itself in and then looks.
             std::sync::atomic::fence(Ordering::SeqCst);
-            self.membership.queue.ring_drained();
+            self.queue.ring_drained();
         }
         Some(entry.settled())
     }
@@ -106,8 +134,7 @@ impl Source for QueueSource {
         {
             return Poll::Ready(Some(Ok(delivery)));
         }
-        let Membership { queue, member, .. } = &*self.membership;
-        queue.poll_take(*member, &mut self.stash, self.take, cx, mode)
+        self.queue.poll_take(self.member, &mut self.stash, self.take, &mut self.holder, cx, mode)
     }
 }
 

@@ -20,7 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use self::member::{Hand, Membership, QueueSource};
+use self::member::{Hand, Holder, Membership, QueueSource};
 use self::state::{Chores, Rare, State};
 use super::{Due, Timer};
 use crate::delivery::Extras;
@@ -336,8 +336,8 @@ impl DeliveryQueue {
         if state.ended {
             return;
         }
-        state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), aftermath);
-        self.len.store(state.bounded_len(), Ordering::Release);
+        let len = state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), aftermath);
+        self.len.store(len, Ordering::Release);
         if state.is_anyone_parked() {
             self.wake_parked(state, aftermath);
         }
@@ -489,6 +489,7 @@ impl DeliveryQueue {
         token: u64,
         stash: &mut VecDeque<Entry>,
         take: usize,
+        holder: &mut Option<Arc<Holder>>,
         cx: &mut Context<'_>,
         mode: AckMode,
     ) -> Poll<Option<Result<Delivery>>> {
@@ -524,10 +525,10 @@ impl DeliveryQueue {
             self.len.store(state.bounded_len(), Ordering::Release);
             chores.room = true;
             state.wake(&mut chores);
-            let options = &state.member(token).expect("looked up above").options;
-            if options.retry.is_over(entry.attempt) {
+            let options = |state: &State| state.member(token).expect("looked up above").options.clone();
+            if entry.attempt > 1 && options(&state).retry.is_over(entry.attempt) {
                 // Counted elsewhere: by a server, or by a member with a more patient policy.
-                let (options, attempts) = (options.clone(), entry.attempt - 1);
+                let (options, attempts) = (options(&state), entry.attempt - 1);
                 state.give_up(entry, attempts, "attempts exhausted".into(), &options, &mut chores);
                 drop(state);
                 self.finish(chores);
@@ -541,7 +542,8 @@ impl DeliveryQueue {
                 AckMode::Manual => {
                     let Entry { event, attempt, extras } = entry.clone();
                     let in_flight = state.hold(entry, token, Instant::now(), &mut chores);
-                    Delivery::held(event, attempt, self.clone(), in_flight).with_extras(extras)
+                    Delivery::held(event, attempt, holder.get_or_insert_with(|| Holder::new(self)).clone(), in_flight)
+                        .with_extras(extras)
                 }
             };
             drop(state);
@@ -570,28 +572,37 @@ impl DeliveryQueue {
     /// Does what must not be done under the lock. Returns the receipt of a dead letter, if there was one.
     #[inline]
     fn finish(&self, chores: Chores) -> Option<Receipt> {
+        if chores.is_more_than_ringing() {
+            return self.finish_all(chores);
+        }
+        self.ring(chores.room, chores.drained);
+        mem::forget(chores); // nothing is in it
+        None
+    }
+
+    #[inline(never)]
+    fn finish_all(&self, chores: Chores) -> Option<Receipt> {
         let Chores { waker, arm, room, drained, rare } = chores;
         if let Some(when) = arm {
             let me: Weak<dyn Due> = self.me.clone();
             self.timer.call_at(when, me);
         }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-        if room && self.room_wanted.load(Ordering::SeqCst) > 0 {
-            self.room.notify_waiters();
-        }
-        let receipt = rare.and_then(|rare| self.finish_rare(*rare));
-        if drained {
-            self.ring_drained();
-        }
+        let Rare { wakers, letters, dropped } = rare.map_or_else(Rare::default, |rare| *rare);
+        waker.into_iter().chain(wakers).for_each(Waker::wake);
+        let receipt = letters.into_iter().map(|letter| self.bury(letter)).last();
+        self.ring(room, drained);
+        drop(dropped); // last: destructors of payloads are user code, and may panic
         receipt
     }
 
-    #[cold]
-    fn finish_rare(&self, rare: Rare) -> Option<Receipt> {
-        rare.wakers.into_iter().for_each(Waker::wake);
-        rare.letters.into_iter().map(|letter| self.bury(letter)).last()
+    #[inline]
+    fn ring(&self, room: bool, drained: bool) {
+        if room && self.room_wanted.load(Ordering::SeqCst) > 0 {
+            self.room.notify_waiters();
+        }
+        if drained {
+            self.ring_drained();
+        }
     }
 
     #[inline]

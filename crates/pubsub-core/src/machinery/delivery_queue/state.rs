@@ -117,6 +117,11 @@ impl Chores {
         }
     }
 
+    #[inline]
+    pub(super) fn is_more_than_ringing(&self) -> bool {
+        self.waker.is_some() || self.arm.is_some() || self.rare.is_some()
+    }
+
     /// The consumers to wake, for somebody who does it later.
     pub(super) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> + use<> {
         let more = self.rare.as_mut().map(|rare| mem::take(&mut rare.wakers));
@@ -227,8 +232,9 @@ impl State {
 
     // Contents.
 
+    /// Adds entries and returns what then counts towards the bound.
     #[inline]
-    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, aftermath: &mut Aftermath) {
+    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, aftermath: &mut Aftermath) -> usize {
         let mut len = self.bounded_len();
         for entry in entries {
             match entry.is_only_for() {
@@ -249,6 +255,7 @@ impl State {
                 len -= 1;
             }
         }
+        len
     }
 
     /// What waits, in no order.
@@ -305,20 +312,22 @@ impl State {
     /// What a member takes next, if there is anything for it: what came back, then what it had taken ahead, then what is new;
     /// nothing new while too many deliveries wait for their back-off.
     pub(super) fn next_for(&mut self, token: u64, ahead: &mut VecDeque<Entry>) -> Option<Entry> {
-        let member = self.member(token)?;
-        let (instance, most) = (member.instance, member.options.max_in_flight.max(DELAYED));
         if let Some(entry) = self.returned.pop_front() {
             return Some(entry);
         }
-        if self.delayed.len() >= most {
+        // The options of a member are looked at where that is seldom: they are far away.
+        if self.delayed.len() >= DELAYED && self.delayed.len() >= self.member(token)?.options.max_in_flight {
             return None;
         }
         if let Some(entry) = ahead.pop_front() {
             return Some(entry);
         }
-        let local = self.local.iter_mut().find(|(of, _)| *of == instance);
-        if let Some(entry) = local.and_then(|(_, items)| items.pop_front()) {
-            return Some(entry);
+        if !self.local.is_empty() {
+            let instance = self.member(token)?.instance;
+            let local = self.local.iter_mut().find(|(of, _)| *of == instance);
+            if let Some(entry) = local.and_then(|(_, items)| items.pop_front()) {
+                return Some(entry);
+            }
         }
         let entry = self.ready.pop_front()?;
         Some(if self.lagged > 0 { entry.after_losing(mem::take(&mut self.lagged)) } else { entry })
@@ -441,7 +450,11 @@ impl State {
     }
 
     /// A member found work, though it may have been waiting still.
+    #[inline]
     pub(super) fn found(&mut self, token: u64) {
+        if self.parked.is_empty() {
+            return;
+        }
         if let Some(member) = self.members.get_mut(token)
             && mem::replace(&mut member.parked, false)
         {
@@ -470,10 +483,14 @@ impl State {
     }
 
     /// Wakes one member if there is work that nobody was woken for.
+    #[inline]
     pub(super) fn wake(&mut self, chores: &mut Chores) {
-        if self.parked.is_empty() {
-            return;
+        if self.is_anyone_parked() {
+            self.wake_parked(chores);
         }
+    }
+
+    fn wake_parked(&mut self, chores: &mut Chores) {
         let mut local = mem::take(&mut self.local);
         for (instance, _) in local.iter_mut().filter(|(_, items)| !items.is_empty()) {
             let of = |token: &u64| self.member(*token).is_some_and(|member| member.instance == *instance);
