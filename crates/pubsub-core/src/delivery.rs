@@ -119,6 +119,15 @@ impl Delivery {
         self
     }
 
+    /// It was dropped unsettled.
+    #[cold]
+    fn give_up(&mut self) {
+        if let Some((settler, token)) = self.settler.take() {
+            let reason = Some("dropped unsettled".into());
+            drop(settler.settle(token, Settlement::Retry { after: None, reason }));
+        }
+    }
+
     fn extras_mut(&mut self) -> &mut Extras {
         Arc::make_mut(self.extras.get_or_insert_default())
     }
@@ -229,9 +238,8 @@ impl AsRef<Event> for Delivery {
 impl Drop for Delivery {
     #[inline]
     fn drop(&mut self) {
-        if let Some((settler, token)) = self.settler.take() {
-            let reason = Some("dropped unsettled".into());
-            drop(settler.settle(token, Settlement::Retry { after: None, reason }));
+        if self.settler.is_some() {
+            self.give_up();
         }
     }
 }
