@@ -26,7 +26,26 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Bus {
     pubsub: Arc<dyn PubSub>,
-    nudges: Arc<Mutex<Vec<Weak<Nudge>>>>,
+    nudges: Arc<Mutex<Nudges>>,
+}
+
+/// The nudges of an instance's subscriptions. Those of subscriptions that are gone are thrown out before they are the most.
+#[derive(Debug, Default)]
+struct Nudges {
+    all: Vec<Weak<Nudge>>,
+    /// How many there were when they were last looked through.
+    kept: usize,
+}
+
+impl Nudges {
+    fn push(&mut self, nudge: Weak<Nudge>) {
+        if self.all.len() >= 2 * self.kept.max(16) {
+            self.all.retain(|nudge| nudge.strong_count() > 0);
+            self.all.shrink_to(2 * self.all.len());
+            self.kept = self.all.len();
+        }
+        self.all.push(nudge);
+    }
 }
 
 impl<P: PubSub> From<P> for Bus {
@@ -206,11 +225,7 @@ impl Bus {
         T: TryInto<Topic, Error: Into<Error>>,
     {
         let subscription = self.pubsub.subscribe(&topic(to)?, options).await?;
-        let mut nudges = self.nudges.lock();
-        if nudges.len() == nudges.capacity() {
-            nudges.retain(|nudge| nudge.strong_count() > 0);
-        }
-        nudges.push(Arc::downgrade(&subscription.nudge()));
+        self.nudges.lock().push(Arc::downgrade(&subscription.nudge()));
         Ok(subscription)
     }
 
@@ -331,7 +346,7 @@ impl Bus {
     /// # Errors
     /// As [`PubSub::flush`].
     pub async fn flush(&self) -> Result<()> {
-        let nudges: Vec<_> = self.nudges.lock().iter().filter_map(Weak::upgrade).collect();
+        let nudges: Vec<_> = self.nudges.lock().all.iter().filter_map(Weak::upgrade).collect();
         nudges.iter().for_each(|nudge| nudge.hurry());
         self.pubsub.flush().await
     }
@@ -341,7 +356,7 @@ impl Bus {
     /// # Errors
     /// As [`PubSub::close`].
     pub async fn close(&self, within: Duration) -> Result<Closed> {
-        let nudges: Vec<_> = self.nudges.lock().iter().filter_map(Weak::upgrade).collect();
+        let nudges: Vec<_> = self.nudges.lock().all.iter().filter_map(Weak::upgrade).collect();
         nudges.iter().for_each(|nudge| nudge.hurry());
         self.pubsub.close(within).await
     }

@@ -54,10 +54,12 @@ pub trait PubSub: Send + Sync + Debug + 'static {
     /// `InvalidOption`, `Unsupported`, `Gap`, `Closed`, and what the backend's server refuses.
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription>;
 
-    /// Reads up to `limit` retained events, oldest first (clause R6). `Start::Latest` reads nothing but tells floor and head.
+    /// Reads up to `limit` retained events, at least one, oldest first (clause R6). `Start::Latest` reads nothing but tells floor
+    /// and head.
     ///
     /// # Errors
-    /// `Unsupported` where nothing is retained; `Gap` if `from` cannot be resumed from.
+    /// `Unsupported` where nothing is retained; `Gap` if `from` cannot be resumed from; `InvalidOption` for a limit of zero, which
+    /// could not tell where the next page starts.
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page>;
 
     /// Forgets what the topic retains (clause R4). Subscriptions live on. A no-op where nothing is retained.

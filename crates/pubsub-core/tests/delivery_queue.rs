@@ -604,3 +604,16 @@ async fn under_load_everything_is_handled_once() {
     done.sort_unstable();
     assert!(done.iter().copied().eq(0..EVENTS), "seed {seed}: {} done of {EVENTS}", done.len());
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_came_back_to_one_instance_takes_no_room() {
+    let bench = Bench::new();
+    let queue = bench.group();
+    let mut member = join(&queue, HERE, member().prefetch(1));
+    push_entries(&queue, local([0], HERE));
+    drop(ready(&mut member).expect("it is there").release());
+    assert_eq!((queue.room(), queue.status().waiting), (1, 1));
+    push(&queue, [1]);
+    assert_eq!(drain(&mut member), [0, 1], "none was lost to the bound");
+    assert_eq!(member.status().lagged, 0);
+}

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeliveryQueue, InstanceId};
+use pubsub_core::machinery::{Aftermath, DeliveryQueue, InstanceId};
 use pubsub_core::{
     Capabilities, Capability, Closed, Error, ErrorKind, Event, Groups, LeaseProvider, Page, Positions, PubSub, PublishError,
     PublishOptions, REDRIVE_GROUP, Reach, Result, Retention, Start, Status, StatusWatch, SubscribeOptions, Subscription,
@@ -290,13 +290,14 @@ impl PubSub for EventEmitterPubSub {
             end_hub.tidy(&end_topic);
             naming.lock().take();
         });
+        let mut aftermath = Aftermath::new(); // finished when it is dropped, after the lock
         let mut attached = attached.lock();
         if attached.closing.is_some() {
             return Err(Error::closed().during("subscribe").on(topic));
         }
         let attach = |state: &Arc<TopicState>| {
             if redrives {
-                state.keep_letters(hub);
+                aftermath = state.keep_letters(hub);
             }
             state.subscribe(hub, *id, options, on_end.clone())
         };
@@ -314,6 +315,7 @@ impl PubSub for EventEmitterPubSub {
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         self.check_open("history", topic)?;
+        Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
         let kept = self.0.hub.topic(topic).and_then(|state| state.history(&from, limit));
         let page = kept.unwrap_or_else(|| Err(Error::unsupported(Capability::History)));
         page.map_err(|error| error.during("history").on(topic))

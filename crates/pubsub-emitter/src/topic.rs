@@ -32,7 +32,10 @@ pub(crate) struct TopicState {
 
 #[derive(Default)]
 struct Attached {
-    fan_out: Vec<(InstanceId, Arc<DeliveryQueue>)>,
+    /// By number.
+    fan_out: Vec<FanOut>,
+    /// The number of the next fan-out subscription.
+    next: u64,
     groups: Vec<Arc<DeliveryQueue>>,
     /// How many more events are sure to fit into every queue: counted once, less what was pushed since. Only pushing and
     /// attaching make it less.
@@ -40,6 +43,12 @@ struct Attached {
     /// Replaced as a whole, so that a publisher calls the handlers without a lock.
     inline: Handlers,
     letters: Option<Letters>,
+}
+
+struct FanOut {
+    number: u64,
+    instance: InstanceId,
+    queue: Arc<DeliveryQueue>,
 }
 
 /// What a dead-letter topic keeps.
@@ -143,8 +152,15 @@ impl TopicState {
         attached.sure_room = 0;
         let Some(group) = options.group.clone() else {
             let queue = DeliveryQueue::fan_out(self.topic.clone(), timer, hub.sink());
-            let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
-            attached.fan_out.push((instance, queue.clone()));
+            let (number, state) = (attached.next, Arc::downgrade(self));
+            let leaves = move || {
+                let left = state.upgrade().and_then(|state| state.attached.lock().remove(number));
+                drop(left); // without the lock
+                on_end();
+            };
+            let subscription = queue.join(instance, options, leaves).expect("a new queue has not ended");
+            attached.fan_out.push(FanOut { number, instance, queue: queue.clone() });
+            attached.next += 1;
             return Ok((queue, subscription));
         };
         // A group whose last member has just left has ended, and refuses: a new one takes its place.
@@ -166,8 +182,11 @@ impl TopicState {
     }
 
     /// Makes the topic a dead-letter topic. Called under the hub's lock on its topics.
-    pub(crate) fn keep_letters(&self, hub: &Hub) {
-        self.attached.lock().letters(hub, &self.topic);
+    #[must_use = "to be finished without the lock"]
+    pub(crate) fn keep_letters(&self, hub: &Hub) -> Aftermath {
+        let mut aftermath = Aftermath::new();
+        self.attached.lock().letters(hub, &self.topic, &mut aftermath);
+        aftermath
     }
 
     /// Whether the topic is a dead-letter topic.
@@ -180,7 +199,7 @@ impl TopicState {
     pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) -> (Aftermath, Option<(u64, Arc<Event>)>) {
         let mut aftermath = Aftermath::new();
         let mut attached = self.attached.lock();
-        let letters = attached.letters(hub, &self.topic);
+        let letters = attached.letters(hub, &self.topic, &mut aftermath);
         let entry = Entry::new(letter.clone()).at(letters.scope.clone(), letters.next);
         letters.kept.push_back((letters.next, letter.clone()));
         letters.next += 1;
@@ -266,7 +285,6 @@ impl TopicState {
     /// Forgets what has ended; true if that leaves nothing. Called under the hub's lock on its topics.
     pub(crate) fn tidy(&self) -> bool {
         let mut attached = self.attached.lock();
-        attached.fan_out.retain(|(_, queue)| !queue.is_ended());
         attached.groups.retain(|queue| !queue.is_ended());
         if attached.inline.iter().any(|inline| inline.has_ended()) {
             attached.inline = attached.inline.iter().filter(|inline| !inline.has_ended()).cloned().collect();
@@ -284,8 +302,8 @@ impl TopicState {
 impl Attached {
     /// The queues that events `only` for one instance, or for all, go to.
     fn queues(&self, only: Option<InstanceId>) -> impl Iterator<Item = &Arc<DeliveryQueue>> {
-        let fan_out = self.fan_out.iter().filter(move |(instance, _)| only.is_none_or(|only| only == *instance));
-        fan_out.map(|(_, queue)| queue).chain(&self.groups)
+        let fan_out = self.fan_out.iter().filter(move |one| only.is_none_or(|only| only == one.instance));
+        fan_out.map(|one| &one.queue).chain(&self.groups)
     }
 
     /// Gives events to every queue; they are known to fit.
@@ -321,8 +339,23 @@ impl Attached {
         self.groups.iter().filter(|queue| queue.is_durable()).cloned()
     }
 
-    fn letters(&mut self, hub: &Hub, topic: &Topic) -> &mut Letters {
-        self.letters.get_or_insert_with(|| Letters::new(hub, topic))
+    /// A fan-out subscription has ended.
+    fn remove(&mut self, number: u64) -> Option<FanOut> {
+        let place = self.fan_out.binary_search_by_key(&number, |one| one.number).ok()?;
+        let gone = self.fan_out.remove(place);
+        if self.fan_out.len() < self.fan_out.capacity() / 4 {
+            self.fan_out.shrink_to(2 * self.fan_out.len()); // a burst gives its memory back
+        }
+        Some(gone)
+    }
+
+    /// What is kept. A topic that was no dead-letter topic becomes one, and its groups durable.
+    fn letters(&mut self, hub: &Hub, topic: &Topic, aftermath: &mut Aftermath) -> &mut Letters {
+        let groups = &self.groups;
+        self.letters.get_or_insert_with(|| {
+            groups.iter().for_each(|queue| queue.make_durable(hub.retention(), aftermath));
+            Letters::new(hub, topic)
+        })
     }
 
     /// A group on a dead-letter topic is durable and starts with what is kept; any other begins empty.

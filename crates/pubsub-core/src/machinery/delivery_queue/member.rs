@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -9,7 +10,7 @@ use std::task::{Context, Poll};
 use async_trait::async_trait;
 use tokio::task::coop;
 
-use super::{DeliveryQueue, Entry};
+use super::{DeliveryQueue, Entry, discard};
 use crate::{AckMode, Control, Delivery, Receipt, Result, Settlement, Settler, Source, SubscriptionStatus};
 
 /// A member's place in a queue, shared by its source and its handles.
@@ -141,5 +142,6 @@ impl Source for QueueSource {
 impl Drop for QueueSource {
     fn drop(&mut self) {
         self.membership.end();
+        discard(mem::take(&mut self.stash));
     }
 }

@@ -10,6 +10,7 @@ mod state;
 use std::collections::VecDeque;
 use std::fmt;
 use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
@@ -21,7 +22,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use self::member::{Hand, Holder, Membership, QueueSource};
-use self::state::{Chores, Rare, State};
+use self::state::{Chores, Local, Rare, State};
 use super::{Due, Timer};
 use crate::delivery::Extras;
 use crate::{
@@ -44,6 +45,8 @@ pub struct Aftermath {
 #[derive(Default)]
 struct More {
     wakers: Vec<Waker>,
+    /// Queues for whose room publishers may wait in vain.
+    roomy: Vec<Arc<DeliveryQueue>>,
     lost: Vec<Entry>,
 }
 
@@ -81,6 +84,8 @@ impl Drop for Aftermath {
         }
         if let Some(more) = self.more.take() {
             more.wakers.into_iter().for_each(Waker::wake);
+            more.roomy.into_iter().for_each(|queue| queue.room.notify_waiters());
+            discard(more.lost);
         }
     }
 }
@@ -181,8 +186,6 @@ pub struct DeliveryQueue {
     topic: Topic,
     /// The group it serves; none for the queue of one fan-out subscription.
     group: Option<Group>,
-    /// Whether it outlives its members.
-    durable: bool,
     /// Itself, for the deliveries and deadlines it hands out.
     me: Weak<Self>,
     timer: Arc<Timer>,
@@ -236,7 +239,6 @@ impl DeliveryQueue {
         Arc::new_cyclic(|me| Self {
             topic,
             group,
-            durable: durable.is_some(),
             me: me.clone(),
             timer,
             sink,
@@ -271,16 +273,16 @@ impl DeliveryQueue {
             Some(_) => (options.prefetch, 0),
             None => (options.prefetch.div_ceil(2), options.prefetch / 2),
         };
-        let member = {
+        let (member, durable) = {
             let mut state = self.state.lock();
             if state.ended {
                 return None;
             }
             let member = state.join(instance, options.clone());
             self.lossy.store(state.is_lossy(), Ordering::Relaxed);
-            member
+            (member, state.durable)
         };
-        if !self.durable {
+        if !durable {
             self.capacity.fetch_max(capacity, Ordering::Relaxed);
         }
         let on_end = Box::new(on_end);
@@ -314,7 +316,21 @@ impl DeliveryQueue {
 
     /// Whether it outlives its members.
     pub fn is_durable(&self) -> bool {
-        self.durable
+        self.state.lock().durable
+    }
+
+    /// Makes the queue of a group outlive its members from now on, as a [`durable_group`](Self::durable_group) does. What it has
+    /// it keeps.
+    pub fn make_durable(&self, capacity: usize, aftermath: &mut Aftermath) {
+        let mut state = self.state.lock();
+        if state.ended || state.durable {
+            return;
+        }
+        state.durable = true;
+        self.capacity.fetch_max(capacity, Ordering::Relaxed);
+        self.lossy.store(true, Ordering::Relaxed);
+        // It makes no publisher wait any more.
+        aftermath.more().roomy.extend(self.me.upgrade());
     }
 
     /// Whether it has ended: it takes and gives nothing more.
@@ -324,7 +340,8 @@ impl DeliveryQueue {
 
     /// Whether what waits here can be taken without this instance: by members of others, or by members to come.
     pub fn is_shared_beyond(&self, instance: InstanceId) -> bool {
-        self.durable || self.state.lock().has_member_beyond(instance)
+        let state = self.state.lock();
+        state.durable || state.has_member_beyond(instance)
     }
 
     /// Adds entries, in order. Beyond the bound the oldest are lost, and the next one handed over says how many: a caller that
@@ -437,7 +454,7 @@ impl DeliveryQueue {
     pub fn burden(&self, instance: InstanceId) -> (u64, u64) {
         let state = self.state.lock();
         let held = state.held_by(instance).count() as u64;
-        let others = self.durable || state.has_member_beyond(instance);
+        let others = state.durable || state.has_member_beyond(instance);
         let waiting = if others { 0 } else { state.waiting() + self.stashed(&state) };
         (held, waiting)
     }
@@ -446,7 +463,7 @@ impl DeliveryQueue {
     pub fn status(&self) -> QueueStatus {
         let state = self.state.lock();
         let queued = state.ready.front().into_iter().chain(state.returned.iter()).chain(state.delayed.iter());
-        let queued = queued.chain(state.local.iter().flat_map(|(_, items)| items));
+        let queued = queued.chain(state.local.iter().flat_map(Local::entries));
         let oldest = queued.chain(state.held.iter().map(|(_, held)| &held.entry)).map(|entry| entry.event.created_at()).min();
         let age = |time: Timestamp| {
             Duration::from_millis(Timestamp::now().as_millis().saturating_sub(time.as_millis()).try_into().unwrap_or(0))
@@ -471,7 +488,7 @@ impl DeliveryQueue {
     fn member_status(&self, member: u64) -> SubscriptionStatus {
         let state = self.state.lock();
         SubscriptionStatus {
-            queued: (state.bounded_len() + state.returned.len()) as u64 + self.stashed(&state),
+            queued: state.queued() as u64 + self.stashed(&state),
             held: state.held.iter().filter(|(_, held)| held.member == member).count() as u64,
             delayed: state.delayed.len() as u64,
             lagged: state.counts.lagged,
@@ -591,7 +608,7 @@ impl DeliveryQueue {
         waker.into_iter().chain(wakers).for_each(Waker::wake);
         let receipt = letters.into_iter().map(|letter| self.bury(letter)).last();
         self.ring(room, drained);
-        drop(dropped); // last: destructors of payloads are user code, and may panic
+        discard(dropped);
         receipt
     }
 
@@ -626,6 +643,17 @@ impl fmt::Debug for DeliveryQueue {
             .field("group", &self.group)
             .field("status", &self.status())
             .finish_non_exhaustive()
+    }
+}
+
+/// Drops entries, of which a payload's destructor may make anything: a panic of one concerns neither the others nor whoever has
+/// to let go of them.
+fn discard(entries: impl IntoIterator<Item = Entry>) {
+    for entry in entries {
+        let id = entry.event.id().clone();
+        if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
+            tracing::error!(event = %id, "the destructor of a payload panicked");
+        }
     }
 }
 

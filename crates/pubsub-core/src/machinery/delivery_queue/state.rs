@@ -32,7 +32,7 @@ pub(super) struct State {
     /// What was pushed, bounded.
     pub(super) ready: VecDeque<Entry>,
     /// What was pushed for one instance of a group only; counts towards the same bound.
-    pub(super) local: Vec<(InstanceId, VecDeque<Entry>)>,
+    pub(super) local: Vec<Local>,
     /// What came back: retries that are due and releases. Goes before what is ready.
     pub(super) returned: VecDeque<Entry>,
     pub(super) delayed: RetryQueue<Entry>,
@@ -57,6 +57,24 @@ pub(super) struct State {
     armed: SmallVec<[Instant; 4]>,
     /// When the delivery held longest reaches its limit, or earlier.
     hold_due: Option<Instant>,
+}
+
+/// What is for one instance of a group only.
+pub(super) struct Local {
+    instance: InstanceId,
+    ready: VecDeque<Entry>,
+    /// What came back, which does not count towards the bound.
+    returned: VecDeque<Entry>,
+}
+
+impl Local {
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.returned.iter().chain(&self.ready)
+    }
+
+    fn into_entries(self) -> impl Iterator<Item = Entry> {
+        self.returned.into_iter().chain(self.ready)
+    }
 }
 
 #[derive(Default)]
@@ -192,9 +210,9 @@ impl State {
             self.woken = None;
         }
         if !self.has_member_of(instance)
-            && let Some(place) = self.local.iter().position(|(of, _)| *of == instance)
+            && let Some(place) = self.local.iter().position(|local| local.instance == instance)
         {
-            chores.rare().dropped.extend(self.local.swap_remove(place).1);
+            chores.rare().dropped.extend(self.local.swap_remove(place).into_entries());
         }
         if self.present == 0 && !self.durable {
             self.end(chores);
@@ -225,7 +243,7 @@ impl State {
         let before = chores.rare().dropped.len();
         chores.rare().dropped.extend(mem::take(&mut self.ready));
         chores.rare().dropped.extend(mem::take(&mut self.returned));
-        chores.rare().dropped.extend(mem::take(&mut self.local).into_iter().flat_map(|(_, items)| items));
+        chores.rare().dropped.extend(mem::take(&mut self.local).into_iter().flat_map(Local::into_entries));
         chores.rare().dropped.extend(mem::take(&mut self.delayed).into_items());
         (chores.rare().dropped.len() - before) as u64
     }
@@ -244,7 +262,7 @@ impl State {
                         aftermath.lose(entry);
                         continue;
                     }
-                    self.local_of(instance).push_back(entry);
+                    self.local_of(instance).ready.push_back(entry);
                 }
                 _ => self.ready.push_back(entry),
             }
@@ -261,7 +279,7 @@ impl State {
     /// What waits, in no order.
     pub(super) fn waiting_events(&self) -> impl Iterator<Item = &Arc<Event>> {
         let items = self.ready.iter().chain(&self.returned).chain(self.delayed.iter());
-        items.chain(self.local.iter().flat_map(|(_, items)| items)).map(|entry| &entry.event)
+        items.chain(self.local.iter().flat_map(Local::entries)).map(|entry| &entry.event)
     }
 
     /// Removes what waits of these events.
@@ -274,21 +292,24 @@ impl State {
         };
         sift(&mut self.ready);
         sift(&mut self.returned);
-        self.local.iter_mut().for_each(|(_, items)| sift(items));
+        for local in &mut self.local {
+            sift(&mut local.ready);
+            sift(&mut local.returned);
+        }
         chores.rare().dropped.extend(self.delayed.extract(is_gone));
     }
 
-    fn local_of(&mut self, instance: InstanceId) -> &mut VecDeque<Entry> {
-        let place = self.local.iter().position(|(of, _)| *of == instance).unwrap_or_else(|| {
-            self.local.push((instance, VecDeque::new()));
+    fn local_of(&mut self, instance: InstanceId) -> &mut Local {
+        let place = self.local.iter().position(|local| local.instance == instance).unwrap_or_else(|| {
+            self.local.push(Local { instance, ready: VecDeque::new(), returned: VecDeque::new() });
             self.local.len() - 1
         });
-        &mut self.local[place].1
+        &mut self.local[place]
     }
 
     #[cold]
     fn lose_oldest(&mut self, aftermath: &mut Aftermath) {
-        let lost = self.ready.pop_front().or_else(|| self.local.iter_mut().find_map(|(_, items)| items.pop_front()));
+        let lost = self.ready.pop_front().or_else(|| self.local.iter_mut().find_map(|local| local.ready.pop_front()));
         let Some(lost) = lost else { return };
         // What it had lost before it is lost still.
         self.lagged += 1 + lost.lagged();
@@ -298,11 +319,16 @@ impl State {
 
     /// What counts towards the bound.
     pub(super) fn bounded_len(&self) -> usize {
-        self.ready.len() + self.local.iter().map(|(_, items)| items.len()).sum::<usize>()
+        self.ready.len() + self.local.iter().map(|local| local.ready.len()).sum::<usize>()
+    }
+
+    /// What members could take, if it is for them.
+    pub(super) fn queued(&self) -> usize {
+        self.bounded_len() + self.returned.len() + self.local.iter().map(|local| local.returned.len()).sum::<usize>()
     }
 
     pub(super) fn waiting(&self) -> u64 {
-        (self.bounded_len() + self.returned.len() + self.delayed.len()) as u64
+        (self.queued() + self.delayed.len()) as u64
     }
 
     pub(super) fn is_drained(&self) -> bool {
@@ -324,8 +350,8 @@ impl State {
         }
         if !self.local.is_empty() {
             let instance = self.member(token)?.instance;
-            let local = self.local.iter_mut().find(|(of, _)| *of == instance);
-            if let Some(entry) = local.and_then(|(_, items)| items.pop_front()) {
+            let local = self.local.iter_mut().find(|local| local.instance == instance);
+            if let Some(entry) = local.and_then(|local| local.returned.pop_front().or_else(|| local.ready.pop_front())) {
                 return Some(entry);
             }
         }
@@ -339,7 +365,7 @@ impl State {
         match entry.is_only_for() {
             Some(instance) if self.group => {
                 if self.has_member_of(instance) {
-                    self.local_of(instance).push_front(entry);
+                    self.local_of(instance).returned.push_back(entry);
                 } else {
                     chores.rare().dropped.push(entry);
                 }
@@ -491,8 +517,8 @@ impl State {
     }
 
     fn wake_parked(&mut self, chores: &mut Chores) {
-        let mut local = mem::take(&mut self.local);
-        for (instance, _) in local.iter_mut().filter(|(_, items)| !items.is_empty()) {
+        let local = mem::take(&mut self.local);
+        for Local { instance, .. } in local.iter().filter(|local| local.entries().next().is_some()) {
             let of = |token: &u64| self.member(*token).is_some_and(|member| member.instance == *instance);
             if let Some(token) = self.parked.iter().position(of).and_then(|place| self.parked.remove(place)) {
                 chores.wake(self.unpark(token));
@@ -553,7 +579,7 @@ impl State {
             self.hold_due = self.holds().map(|(until, _)| until).min();
         }
         let woken = self.woken.take().is_some() | mem::take(&mut self.woken_locally);
-        if woken && self.bounded_len() + self.returned.len() > 0 {
+        if woken && self.queued() > 0 {
             for token in mem::take(&mut self.parked) {
                 chores.wake(self.unpark(token));
             }
