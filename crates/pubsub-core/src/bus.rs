@@ -403,3 +403,28 @@ impl Handler {
         self.task.await.unwrap_or_else(|_| Err(Error::closed()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nudges_of_what_is_gone_do_not_gather() {
+        let mut nudges = Nudges::default();
+        let alive: Vec<Arc<Nudge>> = (0..1000).map(|_| Arc::default()).collect();
+        alive.iter().for_each(|nudge| nudges.push(Arc::downgrade(nudge)));
+        drop(alive);
+        let alive: Vec<Arc<Nudge>> = (0..10).map(|_| Arc::default()).collect();
+        for number in 0..5000 {
+            let nudge = alive.get(number / 500).filter(|_| number % 500 == 0);
+            nudges.push(nudge.map_or_else(Weak::new, Arc::downgrade));
+        }
+        let live = nudges.all.iter().filter(|nudge| nudge.strong_count() > 0).count();
+        assert_eq!(live, 10);
+        drop(alive);
+        for _ in 0..5000 {
+            nudges.push(Weak::new());
+        }
+        assert!(nudges.all.len() <= 32 && nudges.all.capacity() <= 64, "{}", nudges.all.len());
+    }
+}

@@ -51,6 +51,10 @@
 //! # When the peer dies
 //!
 //! There is none: publisher, bus and subscribers live and die together.
+//!
+//! A bus may be used from several runtimes, and outlive the one its first subscription was made on. Its deadlines (retries, hold
+//! limits, time-outs) then go on where it is next used: by a poll of one of its subscriptions that finds nothing, a settlement, a
+//! subscription, or a publish that has to wait. Until then they are late: a consumer that waited already is not woken for them.
 
 mod builder;
 mod emitter;
