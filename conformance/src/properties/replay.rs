@@ -353,6 +353,8 @@ async fn range(ctx: Ctx) -> Verdict {
         let page = ctx.within("history", bus.history(&topic, from.clone(), limit)).await??;
         ensure_eq!(page.floor.as_ref(), cursors.first(), "floor, from {from:?}");
         ensure_eq!(page.head.as_ref(), cursors.last(), "head, from {from:?}");
+        let refused = ctx.within("history", bus.history(&topic, from, 0)).await?.err().map(|error| error.kind().clone());
+        ensure!(matches!(&refused, Some(ErrorKind::InvalidOption { option, .. }) if option == "limit"), "limit 0: {refused:?}");
     }
     Ok(())
 }

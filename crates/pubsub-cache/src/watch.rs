@@ -270,13 +270,7 @@ impl Watch {
                     })));
                 }
                 AckMode::Manual => {
-                    let place = place.map(|(scope, index)| (scope, index.into()));
-                    self.held.put(
-                        &self.log.topic,
-                        &self.shared,
-                        Entry { attempt: next.attempt, place, ..Entry::new(next.event) },
-                        next.lagged,
-                    );
+                    self.held.put(&self.log.topic, &self.shared, next, place);
                     self.shared.set_ahead(self.sequence.len());
                 }
             }
@@ -423,8 +417,13 @@ impl Held {
         self.put.is_some()
     }
 
-    fn put(&mut self, topic: &Topic, shared: &Watched, entry: Entry, lagged: u64) {
-        self.put = Some((entry.event.clone(), lagged));
+    fn put(&mut self, topic: &Topic, shared: &Watched, next: Ready, place: Option<(Arc<Scope>, u64)>) {
+        self.put = Some((next.event.clone(), next.lagged));
+        let entry = Entry::new(next.event).attempt(next.attempt);
+        let entry = match place {
+            Some((scope, index)) => entry.at(scope, index),
+            None => entry,
+        };
         let (queue, _) = shared.held.get_or_init(|| {
             let queue = DeliveryQueue::fan_out(topic.clone(), self.timer.clone(), self.sink.clone());
             let member = queue.join(MEMBER, self.options.clone(), || {}).expect("a new queue has not ended");

@@ -198,6 +198,16 @@ pub struct Page {
     pub head: Option<Cursor>,
 }
 
+impl Page {
+    /// Refuses a limit that no page can keep to; for backends.
+    ///
+    /// # Errors
+    /// `InvalidOption` for zero.
+    pub fn check_limit(limit: usize) -> Result<(), Error> {
+        if limit == 0 { Err(Error::invalid_option("limit", "must be at least 1")) } else { Ok(()) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

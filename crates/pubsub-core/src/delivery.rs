@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 
+use crate::machinery::InstanceId;
 use crate::{Cursor, Data, Event, Position, Result, Scope};
 
 /// What a consumer decides about a delivery.
@@ -73,32 +74,62 @@ pub trait Settler: Send + Sync {
 pub struct Delivery {
     event: Arc<Event>,
     attempt: u32,
-    lagged: u64,
-    place: Option<(Arc<Scope>, Position)>,
+    extras: Option<Arc<Extras>>,
     settler: Option<(Arc<dyn Settler>, u64)>,
+}
+
+/// What most deliveries in process do without, kept out of the way: a delivery is moved many times on its way to its consumer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Extras {
+    /// Lost right before it.
+    pub(crate) lagged: u64,
+    /// Where it stands in its topic, where that is retained.
+    pub(crate) place: Option<(Arc<Scope>, Position)>,
+    /// The one instance it is for, while it is queued.
+    pub(crate) only: Option<InstanceId>,
 }
 
 impl Delivery {
     /// A delivery that is settled by being handed over; for backends.
     pub fn settled(event: Arc<Event>, attempt: u32) -> Self {
-        Self { event, attempt, lagged: 0, place: None, settler: None }
+        Self { event, attempt, extras: None, settler: None }
     }
 
     /// A delivery that its consumer settles; for backends.
     pub fn held(event: Arc<Event>, attempt: u32, settler: Arc<dyn Settler>, token: u64) -> Self {
-        Self { event, attempt, lagged: 0, place: None, settler: Some((settler, token)) }
+        Self { event, attempt, extras: None, settler: Some((settler, token)) }
     }
 
     /// Adds where the event stands in its topic; for backends that retain.
     pub fn at(mut self, scope: Arc<Scope>, position: impl Into<Position>) -> Self {
-        self.place = Some((scope, position.into()));
+        self.extras_mut().place = Some((scope, position.into()));
         self
     }
 
     /// Says how many events were lost right before this one; for backends.
     pub fn after_losing(mut self, lagged: u64) -> Self {
-        self.lagged = lagged;
+        if lagged != self.lagged() {
+            self.extras_mut().lagged = lagged;
+        }
         self
+    }
+
+    pub(crate) fn with_extras(mut self, extras: Option<Arc<Extras>>) -> Self {
+        self.extras = extras;
+        self
+    }
+
+    /// It was dropped unsettled.
+    #[cold]
+    fn give_up(&mut self) {
+        if let Some((settler, token)) = self.settler.take() {
+            let reason = Some("dropped unsettled".into());
+            drop(settler.settle(token, Settlement::Retry { after: None, reason }));
+        }
+    }
+
+    fn extras_mut(&mut self) -> &mut Extras {
+        Arc::make_mut(self.extras.get_or_insert_default())
     }
 
     /// The event.
@@ -121,12 +152,13 @@ impl Delivery {
 
     /// How many events this subscription lost right before this one, at a full queue or by trimming.
     pub fn lagged(&self) -> u64 {
-        self.lagged
+        self.extras.as_ref().map_or(0, |extras| extras.lagged)
     }
 
     /// Where the event stands in its topic; none where the backend retains nothing.
     pub fn cursor(&self) -> Option<Cursor> {
-        self.place.as_ref().map(|(scope, position)| Cursor::new(scope.clone(), *position))
+        let (scope, position) = self.extras.as_ref()?.place.as_ref()?;
+        Some(Cursor::new(scope.clone(), *position))
     }
 
     /// Whether it was settled by being handed over.
@@ -204,10 +236,10 @@ impl AsRef<Event> for Delivery {
 }
 
 impl Drop for Delivery {
+    #[inline]
     fn drop(&mut self) {
-        if let Some((settler, token)) = self.settler.take() {
-            let reason = Some("dropped unsettled".into());
-            drop(settler.settle(token, Settlement::Retry { after: None, reason }));
+        if self.settler.is_some() {
+            self.give_up();
         }
     }
 }
@@ -217,7 +249,7 @@ impl fmt::Debug for Delivery {
         f.debug_struct("Delivery")
             .field("event", &self.event)
             .field("attempt", &self.attempt)
-            .field("lagged", &self.lagged)
+            .field("lagged", &self.lagged())
             .field("settled", &self.is_settled())
             .finish()
     }

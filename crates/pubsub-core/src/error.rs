@@ -236,13 +236,13 @@ pub enum Fate {
 pub struct PublishError {
     #[source]
     error: Error,
-    fates: Vec<Fate>,
+    fates: Box<[Fate]>,
 }
 
 impl PublishError {
     /// A failure with the fate of each event.
     pub fn new(error: Error, fates: Vec<Fate>) -> Self {
-        Self { error: error.during("publish"), fates }
+        Self { error: error.during("publish"), fates: fates.into() }
     }
 
     /// A failure before anything was sent: all `count` events are [`Fate::NotSent`].

@@ -54,10 +54,12 @@ pub trait PubSub: Send + Sync + Debug + 'static {
     /// `InvalidOption`, `Unsupported`, `Gap`, `Closed`, and what the backend's server refuses.
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription>;
 
-    /// Reads up to `limit` retained events, oldest first (clause R6). `Start::Latest` reads nothing but tells floor and head.
+    /// Reads up to `limit` retained events, at least one, oldest first (clause R6). `Start::Latest` reads nothing but tells floor
+    /// and head.
     ///
     /// # Errors
-    /// `Unsupported` where nothing is retained; `Gap` if `from` cannot be resumed from.
+    /// `Unsupported` where nothing is retained; `Gap` if `from` cannot be resumed from; `InvalidOption` for a limit of zero, which
+    /// could not tell where the next page starts.
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page>;
 
     /// Forgets what the topic retains (clause R4). Subscriptions live on. A no-op where nothing is retained.
@@ -101,27 +103,27 @@ pub trait PubSub: Send + Sync + Debug + 'static {
 
 /// Where published events stand in their topic, in the order they were given; empty where the backend retains nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Positions(Vec<Cursor>);
+pub struct Positions(Option<Box<[Cursor]>>);
 
 impl Positions {
     /// No positions.
     pub const fn none() -> Self {
-        Self(Vec::new())
+        Self(None)
     }
 
     /// The cursor of the event given at this place.
     pub fn get(&self, event: usize) -> Option<&Cursor> {
-        self.0.get(event)
+        self.as_slice().get(event)
     }
 
     /// All of them.
     pub fn as_slice(&self) -> &[Cursor] {
-        &self.0
+        self.0.as_deref().unwrap_or_default()
     }
 }
 
 impl From<Vec<Cursor>> for Positions {
     fn from(cursors: Vec<Cursor>) -> Self {
-        Self(cursors)
+        Self((!cursors.is_empty()).then(|| cursors.into()))
     }
 }

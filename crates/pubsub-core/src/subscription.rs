@@ -53,6 +53,9 @@ pub struct Subscription {
     source: Box<dyn Source>,
     handle: SubscriptionHandle,
     options: Arc<SubscribeOptions>,
+    /// Who settles what is read as a stream, and whether there is a filter: of the options, what is asked for every delivery.
+    mode: AckMode,
+    is_filtered: bool,
     /// Lost before deliveries that the filter rejected, and not told yet.
     lagged: u64,
     ended: bool,
@@ -67,7 +70,10 @@ impl Subscription {
         control: Arc<dyn Control>,
     ) -> Self {
         let handle = SubscriptionHandle(Arc::new(Shared { topic, control, nudge: Arc::default() }));
-        Self { source, handle, options: options.into(), lagged: 0, ended: false }
+        let options: Arc<SubscribeOptions> = options.into();
+        let usual = if options.group.is_some() { AckMode::Manual } else { AckMode::Auto };
+        let (mode, is_filtered) = (options.ack_mode.unwrap_or(usual), options.filter.is_some());
+        Self { source, handle, options, mode, is_filtered, lagged: 0, ended: false }
     }
 
     /// The topic it is on.
@@ -107,33 +113,38 @@ impl Subscription {
         self.options.ack_mode.unwrap_or(AckMode::Manual)
     }
 
-    fn stream_mode(&self) -> AckMode {
-        let usual = if self.options.group.is_some() { AckMode::Manual } else { AckMode::Auto };
-        self.options.ack_mode.unwrap_or(usual)
-    }
-
     /// The next delivery that passes the filter, settled as `mode` says whatever [`ack_mode`](SubscribeOptions::ack_mode) is; for
     /// decorators that read one subscription to feed another. Everybody else reads the stream.
+    #[inline]
     pub fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         if self.ended {
             return Poll::Ready(None);
         }
+        if self.is_filtered {
+            return self.poll_filtered(cx, mode);
+        }
+        let next = self.source.poll_next(cx, mode);
+        self.ended = matches!(next, Poll::Ready(None | Some(Err(_))));
+        next
+    }
+
+    fn poll_filtered(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         loop {
-            let next = std::task::ready!(self.source.poll_next(cx, mode));
-            match next {
-                Some(Ok(delivery)) if self.rejects(&delivery) => {
-                    self.lagged += delivery.lagged();
-                    drop(delivery.settle(Settlement::Done));
-                }
-                Some(Ok(delivery)) if self.lagged == 0 => return Poll::Ready(Some(Ok(delivery))),
-                Some(Ok(delivery)) => {
+            let mut next = std::task::ready!(self.source.poll_next(cx, mode));
+            let Some(Ok(delivery)) = &next else {
+                self.ended = true;
+                return Poll::Ready(next);
+            };
+            if !self.rejects(delivery) {
+                if self.lagged > 0 {
                     let lagged = mem::take(&mut self.lagged) + delivery.lagged();
-                    return Poll::Ready(Some(Ok(delivery.after_losing(lagged))));
+                    next = next.map(|delivery| delivery.map(|delivery| delivery.after_losing(lagged)));
                 }
-                last => {
-                    self.ended = true;
-                    return Poll::Ready(last);
-                }
+                return Poll::Ready(next);
+            }
+            self.lagged += delivery.lagged();
+            if let Some(Ok(delivery)) = next {
+                drop(delivery.settle(Settlement::Done));
             }
         }
     }
@@ -147,7 +158,7 @@ impl Stream for Subscription {
     type Item = Result<Delivery>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Delivery>>> {
-        let mode = self.stream_mode();
+        let mode = self.mode;
         self.poll_delivery(cx, mode)
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::*;
 use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeliveryQueue, Entry};
+use pubsub_core::machinery::DeliveryQueue;
 use pubsub_core::{Delivery, Filter, Overflow, RetryPolicy, Settled, SubscribeOptions, Subscription};
 use tokio::time::Instant;
 
@@ -82,7 +82,7 @@ async fn what_a_server_counted_and_where_it_stands_arrive_with_the_event() {
     let bench = Bench::new();
     let (queue, mut subscription) = bench.fan_out(by_hand());
     let scope = Arc::new(pubsub_core::Scope::new("bus", "1").unwrap());
-    push_entries(&queue, entries([1]).map(|entry| Entry { attempt: 3, place: Some((scope.clone(), 9.into())), ..entry }));
+    push_entries(&queue, entries([1]).map(|entry| entry.attempt(3).at(scope.clone(), 9)));
     let delivery = ready(&mut subscription).unwrap();
     assert_eq!((delivery.attempt(), delivery.cursor().unwrap().to_string()), (3, "bus.1.9.0".into()));
 }
@@ -603,4 +603,17 @@ async fn under_load_everything_is_handled_once() {
     let mut done = done.lock().clone();
     done.sort_unstable();
     assert!(done.iter().copied().eq(0..EVENTS), "seed {seed}: {} done of {EVENTS}", done.len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_came_back_to_one_instance_takes_no_room() {
+    let bench = Bench::new();
+    let queue = bench.group();
+    let mut member = join(&queue, HERE, member().prefetch(1));
+    push_entries(&queue, local([0], HERE));
+    drop(ready(&mut member).expect("it is there").release());
+    assert_eq!((queue.room(), queue.status().waiting), (1, 1));
+    push(&queue, [1]);
+    assert_eq!(drain(&mut member), [0, 1], "none was lost to the bound");
+    assert_eq!(member.status().lagged, 0);
 }

@@ -57,7 +57,7 @@ async fn a_delivery_that_was_counted_elsewhere_is_given_up_by_the_member_about_t
     let bench = Bench::new();
     let queue = bench.group();
     let mut strict = join(&queue, HERE, member().retry(RetryPolicy::new().max_attempts(2)).dead_letter(name("dead")));
-    push_entries(&queue, entries([1]).map(|entry| Entry { attempt: 3, ..entry }));
+    push_entries(&queue, entries([1]).map(|entry| entry.attempt(3)));
     push(&queue, [2]);
     assert_eq!(drain(&mut strict), [2]);
     assert_eq!(Origin::of(&bench.letters.0.lock()[0].1).unwrap().attempts, 2);
@@ -354,7 +354,7 @@ async fn payloads_are_dropped_without_the_queues_lock() {
         }),
         ("local", |queue, subscription| {
             let event = queue_event_of(queue, &subscription);
-            push_entries(queue, [Entry { only: Some(HERE), ..Entry::new(event) }]);
+            push_entries(queue, [Entry::new(event).only(HERE)]);
             drop(subscription);
         }),
     ];

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeliveryQueue, InstanceId};
+use pubsub_core::machinery::{Aftermath, DeliveryQueue, InstanceId};
 use pubsub_core::{
     Capabilities, Capability, Closed, Error, ErrorKind, Event, Groups, LeaseProvider, Page, Positions, PubSub, PublishError,
     PublishOptions, REDRIVE_GROUP, Reach, Result, Retention, Start, Status, StatusWatch, SubscribeOptions, Subscription,
@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::EmitterBuilder;
 use crate::hub::Hub;
-use crate::inline::{Inline, InlineSubscription, check_depth};
+use crate::inline::{Inline, InlineSubscription, MAX_INLINE_DEPTH, is_too_deep};
 use crate::leases::InstanceLeases;
 use crate::topic::TopicState;
 
@@ -148,6 +148,27 @@ impl EventEmitterPubSub {
         if self.0.is_closed.load(Ordering::Acquire) { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
     }
 
+    /// Whether a publish is what most are: `check` would find nothing to refuse and nothing to change. It is asked for every event,
+    /// and has to be quick.
+    #[inline]
+    fn is_usual(&self, events: &[Arc<Event>], options: &PublishOptions) -> bool {
+        let EmitterBuilder { strict_payloads, max_payload, .. } = &self.0.config;
+        let plain = || !strict_payloads && max_payload.is_none() && events.iter().all(|event| !event.payload().is_live());
+        let closed = self.0.is_closed.load(Ordering::Acquire);
+        !closed && options.timeout.is_none() && !is_too_deep() && (options.local_only || plain())
+    }
+
+    /// All that can be refused before anything is sent; and what `prepare` returns.
+    #[cold]
+    fn check(&self, topic: &Topic, events: &[Arc<Event>], options: &PublishOptions) -> Result<Option<Vec<Arc<Event>>>> {
+        self.check_open("publish", topic)?;
+        options.validate()?;
+        if is_too_deep() {
+            return Err(ErrorKind::Recursion { limit: MAX_INLINE_DEPTH }.into());
+        }
+        if options.local_only { Ok(None) } else { self.prepare(events) }
+    }
+
     /// Refuses what must not be published, and makes payloads plain JSON where they have to be. `None` leaves the events as they
     /// are.
     fn prepare(&self, events: &[Arc<Event>]) -> Result<Option<Vec<Arc<Event>>>> {
@@ -234,13 +255,16 @@ impl PubSub for EventEmitterPubSub {
         events: &[Arc<Event>],
         options: &PublishOptions,
     ) -> Option<Result<Positions, PublishError>> {
-        let checked = self.check_open("publish", topic).and_then(|()| options.validate()).and_then(|()| check_depth());
-        let prepared = match checked.and_then(|()| if options.local_only { Ok(None) } else { self.prepare(events) }) {
-            Ok(prepared) => prepared,
-            Err(error) => return Some(Err(refused(topic, events)(error))),
+        let only = self.only(options);
+        let taken = if self.is_usual(events, options) {
+            self.0.hub.offer_all(topic, events, only)
+        } else {
+            match self.check(topic, events, options) {
+                Ok(prepared) => self.0.hub.offer_all(topic, prepared.as_deref().unwrap_or(events), only),
+                Err(error) => return Some(Err(refused(topic, events)(error))),
+            }
         };
-        let events = prepared.as_deref().unwrap_or(events);
-        self.0.hub.offer_all(topic, events, self.only(options)).then(|| Ok(Positions::none()))
+        taken.then(|| Ok(Positions::none()))
     }
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
@@ -266,13 +290,14 @@ impl PubSub for EventEmitterPubSub {
             end_hub.tidy(&end_topic);
             naming.lock().take();
         });
+        let mut aftermath = Aftermath::new(); // finished when it is dropped, after the lock
         let mut attached = attached.lock();
         if attached.closing.is_some() {
             return Err(Error::closed().during("subscribe").on(topic));
         }
         let attach = |state: &Arc<TopicState>| {
             if redrives {
-                state.keep_letters(hub);
+                aftermath = state.keep_letters(hub);
             }
             state.subscribe(hub, *id, options, on_end.clone())
         };
@@ -290,6 +315,7 @@ impl PubSub for EventEmitterPubSub {
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         self.check_open("history", topic)?;
+        Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
         let kept = self.0.hub.topic(topic).and_then(|state| state.history(&from, limit));
         let page = kept.unwrap_or_else(|| Err(Error::unsupported(Capability::History)));
         page.map_err(|error| error.during("history").on(topic))

@@ -118,7 +118,7 @@ impl Hub {
         let mut aftermath = Aftermath::new();
         let inline = {
             let topics = self.topics.read();
-            let Some(state) = topics.get(topic) else { return true };
+            let Some(state) = topics.get(topic.as_str()) else { return true };
             match state.push_all(events, only, &mut aftermath) {
                 Some(inline) => inline,
                 None => return false,
@@ -139,11 +139,13 @@ impl Hub {
 
     /// Makes a topic a dead-letter topic, for as long as what is returned lives or a letter is kept.
     pub(crate) fn name_dead_letter(self: &Arc<Self>, topic: &Topic) -> Naming {
-        self.with_topic(topic, |state| {
-            state.keep_letters(self);
+        let (naming, aftermath) = self.with_topic(topic, |state| {
+            let aftermath = state.keep_letters(self);
             state.named.fetch_add(1, Ordering::AcqRel);
-            Naming { hub: self.clone(), state: state.clone() }
-        })
+            (Naming { hub: self.clone(), state: state.clone() }, aftermath)
+        });
+        aftermath.finish();
+        naming
     }
 
     /// Forgets what has ended on a topic, and the topic itself if that leaves nothing.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pubsub_core::machinery::InstanceId;
-use pubsub_core::{ErrorKind, Event, Result, Topic};
+use pubsub_core::{Event, Topic};
 
 use crate::hub::Hub;
 
@@ -40,12 +40,9 @@ impl Inline {
     }
 }
 
-/// Refuses to publish from too deep within inline handlers.
-pub(crate) fn check_depth() -> Result<()> {
-    match DEPTH.get() {
-        deep if deep >= MAX_INLINE_DEPTH => Err(ErrorKind::Recursion { limit: MAX_INLINE_DEPTH }.into()),
-        _ => Ok(()),
-    }
+/// Whether publishing from here would be too deep within inline handlers.
+pub(crate) fn is_too_deep() -> bool {
+    DEPTH.get() >= MAX_INLINE_DEPTH
 }
 
 /// Calls handlers with events. A panic is caught and logged; it concerns neither the publisher nor the other handlers.

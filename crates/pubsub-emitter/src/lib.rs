@@ -31,8 +31,9 @@
 //! - A publish is taken by all subscriptions or by none: at one full queue it waits, up to
 //!   [`publish_timeout`](EmitterBuilder::publish_timeout), while the others get nothing of it either. Waiting publishers of a
 //!   topic take turns. A batch that does not fit goes in piece by piece, each of which is taken by all or none.
-//! - A group lasts while it has a member; what its last member leaves behind is gone. Groups that are made on a
-//!   topic that is a dead-letter topic by then are durable: they last while it is one.
+//! - A group lasts while it has a member; what its last member leaves behind is gone. Groups on a dead-letter topic are
+//!   durable, also those that were there before it became one: they last while it is one. A group that is made on one starts with
+//!   what is kept.
 //! - A dead-letter topic keeps its last 1,000 letters (see [`dead_letter_retention`](EmitterBuilder::dead_letter_retention)), to be
 //!   read with `history` and redriven. A topic is one while a subscription names it or it keeps a letter.
 //!
@@ -50,6 +51,10 @@
 //! # When the peer dies
 //!
 //! There is none: publisher, bus and subscribers live and die together.
+//!
+//! A bus may be used from several runtimes, and outlive the one its first subscription was made on. Its deadlines (retries, hold
+//! limits, time-outs) then go on where it is next used: by a poll of one of its subscriptions that finds nothing, a settlement, a
+//! subscription, or a publish that has to wait. Until then they are late: a consumer that waited already is not woken for them.
 
 mod builder;
 mod emitter;

@@ -32,11 +32,23 @@ pub(crate) struct TopicState {
 
 #[derive(Default)]
 struct Attached {
-    fan_out: Vec<(InstanceId, Arc<DeliveryQueue>)>,
+    /// By number.
+    fan_out: Vec<FanOut>,
+    /// The number of the next fan-out subscription.
+    next: u64,
     groups: Vec<Arc<DeliveryQueue>>,
+    /// How many more events are sure to fit into every queue: counted once, less what was pushed since. Only pushing and
+    /// attaching make it less.
+    sure_room: usize,
     /// Replaced as a whole, so that a publisher calls the handlers without a lock.
     inline: Handlers,
     letters: Option<Letters>,
+}
+
+struct FanOut {
+    number: u64,
+    instance: InstanceId,
+    queue: Arc<DeliveryQueue>,
 }
 
 /// What a dead-letter topic keeps.
@@ -77,15 +89,15 @@ impl TopicState {
         if self.waiting.load(Ordering::Acquire) > 0 {
             return None;
         }
-        let attached = self.attached.lock();
-        (attached.room(only) >= events.len()).then(|| attached.push(events, only, aftermath))
+        let mut attached = self.attached.lock();
+        attached.has_room(events.len(), only).then(|| attached.push(events, only, aftermath))
     }
 
     /// Gives as many of the events, in order, as every queue has room for, to all, and returns how many those were.
     pub(crate) fn offer(&self, events: &[Arc<Event>], only: Option<InstanceId>) -> usize {
         let mut aftermath = Aftermath::new();
         let (taken, inline) = {
-            let attached = self.attached.lock();
+            let mut attached = self.attached.lock();
             let taken = attached.room(only).min(events.len());
             (taken, attached.push(&events[..taken], only, &mut aftermath))
         };
@@ -137,10 +149,18 @@ impl TopicState {
             move || on_end()
         };
         let mut attached = self.attached.lock();
+        attached.sure_room = 0;
         let Some(group) = options.group.clone() else {
             let queue = DeliveryQueue::fan_out(self.topic.clone(), timer, hub.sink());
-            let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
-            attached.fan_out.push((instance, queue.clone()));
+            let (number, state) = (attached.next, Arc::downgrade(self));
+            let leaves = move || {
+                let left = state.upgrade().and_then(|state| state.attached.lock().remove(number));
+                drop(left); // without the lock
+                on_end();
+            };
+            let subscription = queue.join(instance, options, leaves).expect("a new queue has not ended");
+            attached.fan_out.push(FanOut { number, instance, queue: queue.clone() });
+            attached.next += 1;
             return Ok((queue, subscription));
         };
         // A group whose last member has just left has ended, and refuses: a new one takes its place.
@@ -162,8 +182,11 @@ impl TopicState {
     }
 
     /// Makes the topic a dead-letter topic. Called under the hub's lock on its topics.
-    pub(crate) fn keep_letters(&self, hub: &Hub) {
-        self.attached.lock().letters(hub, &self.topic);
+    #[must_use = "to be finished without the lock"]
+    pub(crate) fn keep_letters(&self, hub: &Hub) -> Aftermath {
+        let mut aftermath = Aftermath::new();
+        self.attached.lock().letters(hub, &self.topic, &mut aftermath);
+        aftermath
     }
 
     /// Whether the topic is a dead-letter topic.
@@ -176,13 +199,13 @@ impl TopicState {
     pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) -> (Aftermath, Option<(u64, Arc<Event>)>) {
         let mut aftermath = Aftermath::new();
         let mut attached = self.attached.lock();
-        let letters = attached.letters(hub, &self.topic);
-        let place = (letters.scope.clone(), Position::from(letters.next));
+        let letters = attached.letters(hub, &self.topic, &mut aftermath);
+        let entry = Entry::new(letter.clone()).at(letters.scope.clone(), letters.next);
         letters.kept.push_back((letters.next, letter.clone()));
         letters.next += 1;
         let lost = if letters.kept.len() > letters.retention { letters.kept.pop_front() } else { None };
         for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
-            queue.push([Entry { place: Some(place.clone()), ..Entry::new(letter.clone()) }], &mut aftermath);
+            queue.push([entry.clone()], &mut aftermath);
         }
         (aftermath, lost)
     }
@@ -191,12 +214,13 @@ impl TopicState {
     pub(crate) fn offer_letter(&self, letter: &Arc<Event>) -> bool {
         let mut aftermath = Aftermath::new();
         let inline = {
-            let attached = self.attached.lock();
-            if attached.room(None) == 0 {
+            let mut attached = self.attached.lock();
+            if !attached.has_room(1, None) {
                 return false;
             }
+            attached.sure_room -= 1;
             for queue in attached.queues(None).filter(|queue| !queue.is_durable()) {
-                queue.push(entries(std::slice::from_ref(letter), None), &mut aftermath);
+                queue.push([Entry::new(letter.clone())], &mut aftermath);
             }
             attached.inline.clone()
         };
@@ -261,7 +285,6 @@ impl TopicState {
     /// Forgets what has ended; true if that leaves nothing. Called under the hub's lock on its topics.
     pub(crate) fn tidy(&self) -> bool {
         let mut attached = self.attached.lock();
-        attached.fan_out.retain(|(_, queue)| !queue.is_ended());
         attached.groups.retain(|queue| !queue.is_ended());
         if attached.inline.iter().any(|inline| inline.has_ended()) {
             attached.inline = attached.inline.iter().filter(|inline| !inline.has_ended()).cloned().collect();
@@ -279,15 +302,29 @@ impl TopicState {
 impl Attached {
     /// The queues that events `only` for one instance, or for all, go to.
     fn queues(&self, only: Option<InstanceId>) -> impl Iterator<Item = &Arc<DeliveryQueue>> {
-        let fan_out = self.fan_out.iter().filter(move |(instance, _)| only.is_none_or(|only| only == *instance));
-        fan_out.map(|(_, queue)| queue).chain(&self.groups)
+        let fan_out = self.fan_out.iter().filter(move |one| only.is_none_or(|only| only == one.instance));
+        fan_out.map(|one| &one.queue).chain(&self.groups)
     }
 
-    fn push(&self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
-        for queue in self.queues(only) {
-            queue.push(entries(events, only), aftermath);
+    /// Gives events to every queue; they are known to fit.
+    #[inline]
+    fn push(&mut self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
+        self.sure_room = self.sure_room.saturating_sub(events.len());
+        match only {
+            None => self.queues(None).for_each(|queue| queue.push(events.iter().cloned().map(Entry::new), aftermath)),
+            Some(instance) => {
+                let entry = |event: &Arc<Event>| Entry::new(event.clone()).only(instance);
+                self.queues(only).for_each(|queue| queue.push(events.iter().map(entry), aftermath));
+            }
         }
         (!self.inline.is_empty()).then(|| self.inline.clone())
+    }
+
+    fn has_room(&mut self, count: usize, only: Option<InstanceId>) -> bool {
+        if self.sure_room < count {
+            self.sure_room = self.room(None);
+        }
+        self.sure_room >= count || (only.is_some() && self.room(only) >= count)
     }
 
     fn room(&self, only: Option<InstanceId>) -> usize {
@@ -302,8 +339,23 @@ impl Attached {
         self.groups.iter().filter(|queue| queue.is_durable()).cloned()
     }
 
-    fn letters(&mut self, hub: &Hub, topic: &Topic) -> &mut Letters {
-        self.letters.get_or_insert_with(|| Letters::new(hub, topic))
+    /// A fan-out subscription has ended.
+    fn remove(&mut self, number: u64) -> Option<FanOut> {
+        let place = self.fan_out.binary_search_by_key(&number, |one| one.number).ok()?;
+        let gone = self.fan_out.remove(place);
+        if self.fan_out.len() < self.fan_out.capacity() / 4 {
+            self.fan_out.shrink_to(2 * self.fan_out.len()); // a burst gives its memory back
+        }
+        Some(gone)
+    }
+
+    /// What is kept. A topic that was no dead-letter topic becomes one, and its groups durable.
+    fn letters(&mut self, hub: &Hub, topic: &Topic, aftermath: &mut Aftermath) -> &mut Letters {
+        let groups = &self.groups;
+        self.letters.get_or_insert_with(|| {
+            groups.iter().for_each(|queue| queue.make_durable(hub.retention(), aftermath));
+            Letters::new(hub, topic)
+        })
     }
 
     /// A group on a dead-letter topic is durable and starts with what is kept; any other begins empty.
@@ -320,16 +372,11 @@ impl Attached {
         };
         let from = letters.start(options.start.as_ref().unwrap_or(&Start::Earliest), options.on_gap)?;
         let queue = DeliveryQueue::durable_group(topic.clone(), group, letters.retention, timer, hub.sink());
-        let place = |number: u64| Some((letters.scope.clone(), Position::from(number)));
         let backlog = letters.kept.iter().filter(|(number, _)| *number >= from);
-        let backlog = backlog.map(|(number, letter)| Entry { place: place(*number), ..Entry::new(letter.clone()) });
+        let backlog = backlog.map(|(number, letter)| Entry::new(letter.clone()).at(letters.scope.clone(), *number));
         queue.push(backlog, &mut Aftermath::new()); // nobody waits on a new queue
         Ok(queue)
     }
-}
-
-fn entries(events: &[Arc<Event>], only: Option<InstanceId>) -> impl Iterator<Item = Entry> + '_ {
-    events.iter().map(move |event| Entry { only, ..Entry::new(event.clone()) })
 }
 
 impl Letters {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use pubsub_core::{
     Bus, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions, RetryPolicy,
-    Settled, Start, SubscribeOptions, Topic,
+    Settled, Start, SubscribeOptions, Topic, TrimFilter,
 };
 use pubsub_emitter::EventEmitterPubSub;
 
@@ -271,4 +271,138 @@ fn a_bus_outlives_the_runtime_it_began_on() {
         closed.expect("it ends").unwrap();
         assert!(subscription.next().await.is_none());
     });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_group_is_durable_from_when_its_topic_becomes_a_dead_letter_topic() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let early = bus.subscribe_with("dead", group("early").prefetch(1)).await.unwrap();
+    bus.publish_data("dead", "before", 0).await.unwrap();
+    // A publisher that waits for room there need not any more.
+    let mut waits = Box::pin(bus.publish_data("dead", "before", 1));
+    assert!(waits.as_mut().now_or_never().is_none());
+    let mut worker = bus.subscribe_with("t", group("g").retry(fast(1)).dead_letter(topic("dead"))).await.unwrap();
+    let waited = tokio::time::Instant::now();
+    waits.await.unwrap();
+    assert!(waited.elapsed() < Duration::from_secs(1), "it was told at once");
+    drop(early);
+    bus.publish_data("t", "x", 2).await.unwrap();
+    worker.next().await.unwrap().unwrap().dead_letter("told to");
+    let mut late = bus.subscribe_group("dead", "early").await.unwrap();
+    for expected in 0..3 {
+        assert_eq!(*late.next().await.unwrap().unwrap().data::<i32>().unwrap(), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_page_of_nothing_is_refused() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let _names_it = bus.subscribe_with("t", group("g").dead_letter(topic("dead"))).await.unwrap();
+    let refused = bus.history("dead", Start::Earliest, 0).await.unwrap_err();
+    assert!(matches!(refused.kind(), ErrorKind::InvalidOption { option, .. } if option == "limit"), "{refused:?}");
+}
+
+/// Data whose destructor panics, once each.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Explosive(u32);
+
+impl Drop for Explosive {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            panic!("told to");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_payload_whose_destructor_panics_harms_only_who_drops_it() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let lossy = SubscribeOptions::fan_out().prefetch(1).overflow(Overflow::DropOldest);
+    let mut lossy = bus.subscribe_with("t", lossy).await.unwrap();
+    let queued = bus.subscribe("t").await.unwrap();
+    let mut worker = bus.subscribe_with("t", group("g").retry(fast(1))).await.unwrap();
+    for number in 0..4 {
+        bus.publish_data("t", "x", Explosive(number)).await.unwrap();
+        // Given up without a dead-letter topic, and the last to have it but for `queued`.
+        worker.next().await.unwrap().unwrap().dead_letter("told to");
+    }
+    // All of them at once, by whoever ends a subscription; then one of the publisher's, lost to a bound.
+    drop((queued, worker));
+    bus.publish_data("t", "x", Explosive(4)).await.unwrap();
+    let last = lossy.next().await.unwrap().unwrap();
+    assert_eq!((last.data::<Explosive>().unwrap().0, last.lagged()), (4, 4));
+    // The consumer's own is its own affair.
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(last))).is_err());
+    let mut other = bus.subscribe("t").await.unwrap();
+    bus.publish_data("t", "x", 5_u32).await.unwrap();
+    assert_eq!(*lossy.next().await.unwrap().unwrap().data::<u32>().unwrap(), 5);
+    assert_eq!(*other.next().await.unwrap().unwrap().data::<u32>().unwrap(), 5);
+    assert!(bus.close(Duration::from_secs(10)).await.unwrap().is_clean());
+}
+
+#[test]
+fn a_consumer_elsewhere_gets_its_retry_though_the_first_runtime_has_ended() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
+    let (first, second) = (runtime(), runtime());
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let slow = fast(5).backoff(Duration::from_millis(50), Duration::from_millis(50));
+    let mut subscription = first.block_on(async {
+        let mut subscription = bus.subscribe_with("t", group("g").retry(slow)).await.unwrap();
+        bus.publish_data("t", "x", 1).await.unwrap();
+        subscription.next().await.unwrap().unwrap().retry();
+        subscription
+    });
+    drop(first);
+    second.block_on(async {
+        let again = tokio::time::timeout(Duration::from_secs(10), subscription.next()).await.expect("the retry comes due");
+        assert_eq!(again.unwrap().unwrap().attempt(), 2);
+    });
+}
+
+#[tokio::test]
+async fn a_redrive_ends_with_its_bus() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let mut worker = bus.subscribe_with("t", group("g").retry(fast(1)).dead_letter(topic("dead"))).await.unwrap();
+    bus.publish_data("t", "x", 1).await.unwrap();
+    worker.next().await.unwrap().unwrap().dead_letter("told to");
+    // A letter that is never handled keeps a redrive going, until its bus is closed.
+    let redrive = bus.redrive("dead", async |_| Err(Failure::retry("not now")));
+    let close = async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        bus.close(Duration::from_millis(50)).await.unwrap();
+    };
+    let both = async { futures::join!(redrive, close) };
+    let (report, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it ends with its bus");
+    assert_eq!(report.unwrap().done, 0);
+}
+
+#[tokio::test]
+async fn a_payload_may_use_the_bus_when_it_is_encoded() {
+    #[derive(serde::Deserialize)]
+    struct Nosy {
+        #[serde(skip)]
+        bus: Option<Bus>,
+    }
+    impl serde::Serialize for Nosy {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            if let Some(bus) = &self.bus {
+                let _ = bus.publish_data("dead", "nested", 0).now_or_never();
+                let _ = bus.inspect("dead").now_or_never();
+            }
+            serde::Serialize::serialize(&serde_json::json!({ "producedAt": 1 }), serializer)
+        }
+    }
+    // Encoded to be measured when it is published, or else to be trimmed: what is kept, and what waits in a queue.
+    for builder in [EventEmitterPubSub::builder().max_payload(1 << 10), EventEmitterPubSub::builder()] {
+        let bus = Bus::from(builder.build().unwrap());
+        let mut worker = bus.subscribe_with("t", group("g").retry(fast(1)).dead_letter(topic("dead"))).await.unwrap();
+        let mut durable = bus.subscribe_group("dead", "later").await.unwrap();
+        let event = Event::new("x").with_run_id("r").with_data(Nosy { bus: Some(bus.clone()) });
+        bus.publish("t", event).await.unwrap();
+        worker.next().await.unwrap().unwrap().dead_letter("told to");
+        assert_eq!(bus.trim_topic("dead", TrimFilter::run("r").produced_up_to(1)).await.unwrap(), 1);
+        // What was published from within is there, and the letter is gone.
+        assert_eq!(durable.next().await.unwrap().unwrap().event().event_type(), "nested");
+        assert!(durable.next().now_or_never().is_none());
+    }
 }

@@ -283,6 +283,7 @@ impl PubSub for SlowRemote {
     }
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
+        Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
         let page = self.ask("history", topic, move |state, topic| state.page(topic, &from, limit)).await?;
         let Stretch { scope, sent, floor, head, more } = page.map_err(|error| error.during("history").on(topic))?;
         let cursor = |offset: u64| Cursor::new(scope.clone(), offset);

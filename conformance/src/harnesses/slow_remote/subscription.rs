@@ -12,8 +12,8 @@ use futures::StreamExt;
 use parking_lot::Mutex;
 use pubsub_core::machinery::{DeliveryQueue, Entry};
 use pubsub_core::{
-    AckMode, Control, Delivery, Event, OnGap, Position, Result, Source, Start, SubscribeOptions, Subscription,
-    SubscriptionHandle, SubscriptionStatus, Topic, dead_letter,
+    AckMode, Control, Delivery, Event, OnGap, Result, Source, Start, SubscribeOptions, Subscription, SubscriptionHandle,
+    SubscriptionStatus, Topic, dead_letter,
 };
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -123,8 +123,7 @@ impl Attachment {
                         if sent.lagged > 0 {
                             self.lost.lock().insert(sent.place.offset, sent.lagged);
                         }
-                        let at = (sent.scope, Position::from(sent.place.offset));
-                        entries.push_back(Entry { place: Some(at), ..Entry::new(Arc::new(event)) });
+                        entries.push_back(Entry::new(Arc::new(event)).at(sent.scope, sent.place.offset));
                     }
                     Err(_) => {
                         self.malformed.fetch_add(1, Ordering::Relaxed);

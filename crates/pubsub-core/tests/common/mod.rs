@@ -86,7 +86,7 @@ pub fn by_hand() -> SubscribeOptions {
 }
 
 pub fn local(numbers: impl IntoIterator<Item = u32>, instance: InstanceId) -> impl Iterator<Item = Entry> {
-    entries(numbers).map(move |entry| Entry { only: Some(instance), ..entry })
+    entries(numbers).map(move |entry| entry.only(instance))
 }
 
 pub fn push(queue: &DeliveryQueue, numbers: impl IntoIterator<Item = u32>) {

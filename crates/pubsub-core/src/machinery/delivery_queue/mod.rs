@@ -9,20 +9,22 @@ mod state;
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use parking_lot::Mutex;
-use smallvec::SmallVec;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use self::member::{Membership, QueueSource};
-use self::state::{Chores, Item, State};
+use self::member::{Hand, Holder, Membership, QueueSource};
+use self::state::{Chores, Local, Rare, State};
 use super::{Due, Timer};
+use crate::delivery::Extras;
 use crate::{
     AckMode, Delivery, Event, Group, GroupStatus, Position, Receipt, Result, Scope, SubscribeOptions, Subscription,
     SubscriptionStatus, Timestamp, Topic,
@@ -35,8 +37,17 @@ pub type InstanceId = u64;
 /// dropped. Both run code that is not the queue's. Dropping it does it.
 #[derive(Default)]
 pub struct Aftermath {
-    wakers: SmallVec<[Waker; 4]>,
-    lost: Vec<Item>,
+    waker: Option<Waker>,
+    more: Option<Box<More>>,
+}
+
+/// What most pushes leave nothing of.
+#[derive(Default)]
+struct More {
+    wakers: Vec<Waker>,
+    /// Queues for whose room publishers may wait in vain.
+    roomy: Vec<Arc<DeliveryQueue>>,
+    lost: Vec<Entry>,
 }
 
 impl Aftermath {
@@ -46,20 +57,44 @@ impl Aftermath {
     }
 
     /// Does what is to be done; to be called where no lock is held.
+    #[inline]
     pub fn finish(self) {}
+
+    fn more(&mut self) -> &mut More {
+        self.more.get_or_insert_default()
+    }
+
+    fn wake(&mut self, waker: Waker) {
+        match self.waker {
+            None => self.waker = Some(waker),
+            Some(_) => self.more().wakers.push(waker),
+        }
+    }
+
+    fn lose(&mut self, entry: Entry) {
+        self.more().lost.push(entry);
+    }
 }
 
 impl Drop for Aftermath {
+    #[inline]
     fn drop(&mut self) {
-        if !self.wakers.is_empty() {
-            self.wakers.drain(..).for_each(Waker::wake);
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+        if let Some(more) = self.more.take() {
+            more.wakers.into_iter().for_each(Waker::wake);
+            more.roomy.into_iter().for_each(|queue| queue.room.notify_waiters());
+            discard(more.lost);
         }
     }
 }
 
 impl fmt::Debug for Aftermath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Aftermath").field("wakers", &self.wakers.len()).field("lost", &self.lost.len()).finish()
+        let (wakers, lost) = self.more.as_ref().map_or((0, 0), |more| (more.wakers.len(), more.lost.len()));
+        let wakers = wakers + usize::from(self.waker.is_some());
+        f.debug_struct("Aftermath").field("wakers", &wakers).field("lost", &lost).finish()
     }
 }
 
@@ -70,29 +105,65 @@ pub trait DeadLetterSink: Send + Sync + 'static {
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>>;
 }
 
-/// An event on its way into a queue.
+/// An event on its way into a queue. Clones share what is said about it.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// The event.
-    pub event: Arc<Event>,
-    /// Its attempt: 1, unless a server counted more.
-    pub attempt: u32,
-    /// Where it stands in its topic, where that is retained.
-    pub place: Option<(Arc<Scope>, Position)>,
-    /// The one instance it is for, if it is local to one.
-    pub only: Option<InstanceId>,
+    event: Arc<Event>,
+    attempt: u32,
+    extras: Option<Arc<Extras>>,
 }
 
 impl Entry {
     /// An event at its first attempt, for any instance, retained nowhere.
+    #[inline]
     pub fn new(event: Arc<Event>) -> Self {
-        Self { event, attempt: 1, place: None, only: None }
+        Self { event, attempt: 1, extras: None }
+    }
+
+    /// Sets its attempt: a server has counted.
+    #[must_use]
+    pub fn attempt(mut self, attempt: u32) -> Self {
+        self.attempt = attempt;
+        self
+    }
+
+    /// Adds where it stands in its topic, where that is retained.
+    #[must_use]
+    pub fn at(mut self, scope: Arc<Scope>, position: impl Into<Position>) -> Self {
+        self.extras().place = Some((scope, position.into()));
+        self
+    }
+
+    /// Makes it local to one instance.
+    #[must_use]
+    pub fn only(mut self, instance: InstanceId) -> Self {
+        self.extras().only = Some(instance);
+        self
+    }
+
+    fn is_only_for(&self) -> Option<InstanceId> {
+        self.extras.as_ref()?.only
+    }
+
+    /// How many were lost right before it.
+    fn lagged(&self) -> u64 {
+        self.extras.as_ref().map_or(0, |extras| extras.lagged)
+    }
+
+    fn after_losing(mut self, lagged: u64) -> Self {
+        if lagged != self.lagged() {
+            self.extras().lagged = lagged;
+        }
+        self
+    }
+
+    fn extras(&mut self) -> &mut Extras {
+        Arc::make_mut(self.extras.get_or_insert_default())
     }
 
     /// The delivery of this entry that is settled by being handed over.
-    fn settled(self, lagged: u64) -> Delivery {
-        let Self { event, attempt, place, .. } = self;
-        placed(Delivery::settled(event, attempt).after_losing(lagged), place)
+    fn settled(self) -> Delivery {
+        Delivery::settled(self.event, self.attempt).with_extras(self.extras)
     }
 }
 
@@ -115,22 +186,17 @@ pub struct DeliveryQueue {
     topic: Topic,
     /// The group it serves; none for the queue of one fan-out subscription.
     group: Option<Group>,
-    /// Whether it outlives its members.
-    durable: bool,
     /// Itself, for the deliveries and deadlines it hands out.
     me: Weak<Self>,
     timer: Arc<Timer>,
     sink: Arc<dyn DeadLetterSink>,
     state: Mutex<State>,
-    /// The state's `ended`, to be read without its lock.
-    has_ended: AtomicBool,
+    hand: Arc<Hand>,
     /// Entries that count towards the bound; changed under the state's lock, read without.
     len: AtomicUsize,
     capacity: AtomicUsize,
     /// Whether it loses the oldest rather than make publishers wait: as a durable group, or because all its members chose to.
     lossy: AtomicBool,
-    /// Entries in the hands of the only member's source, not handed over yet (fan-out).
-    stashed: AtomicUsize,
     /// Publishers waiting for room, and the bell they wait for.
     room_wanted: AtomicUsize,
     room: Notify,
@@ -173,16 +239,14 @@ impl DeliveryQueue {
         Arc::new_cyclic(|me| Self {
             topic,
             group,
-            durable: durable.is_some(),
             me: me.clone(),
             timer,
             sink,
             state: Mutex::new(State::new(is_group, durable.is_some())),
-            has_ended: AtomicBool::new(false),
+            hand: Arc::default(),
             len: AtomicUsize::new(0),
             capacity: AtomicUsize::new(durable.unwrap_or(1)),
             lossy: AtomicBool::new(durable.is_some()),
-            stashed: AtomicUsize::new(0),
             room_wanted: AtomicUsize::new(0),
             room: Notify::new(),
             drain_wanted: AtomicUsize::new(0),
@@ -209,16 +273,16 @@ impl DeliveryQueue {
             Some(_) => (options.prefetch, 0),
             None => (options.prefetch.div_ceil(2), options.prefetch / 2),
         };
-        let member = {
+        let (member, durable) = {
             let mut state = self.state.lock();
             if state.ended {
                 return None;
             }
             let member = state.join(instance, options.clone());
             self.lossy.store(state.is_lossy(), Ordering::Relaxed);
-            member
+            (member, state.durable)
         };
-        if !self.durable {
+        if !durable {
             self.capacity.fetch_max(capacity, Ordering::Relaxed);
         }
         let on_end = Box::new(on_end);
@@ -252,17 +316,32 @@ impl DeliveryQueue {
 
     /// Whether it outlives its members.
     pub fn is_durable(&self) -> bool {
-        self.durable
+        self.state.lock().durable
+    }
+
+    /// Makes the queue of a group outlive its members from now on, as a [`durable_group`](Self::durable_group) does. What it has
+    /// it keeps.
+    pub fn make_durable(&self, capacity: usize, aftermath: &mut Aftermath) {
+        let mut state = self.state.lock();
+        if state.ended || state.durable {
+            return;
+        }
+        state.durable = true;
+        self.capacity.fetch_max(capacity, Ordering::Relaxed);
+        self.lossy.store(true, Ordering::Relaxed);
+        // It makes no publisher wait any more.
+        aftermath.more().roomy.extend(self.me.upgrade());
     }
 
     /// Whether it has ended: it takes and gives nothing more.
     pub fn is_ended(&self) -> bool {
-        self.has_ended.load(Ordering::Acquire)
+        self.hand.has_ended.load(Ordering::Acquire)
     }
 
     /// Whether what waits here can be taken without this instance: by members of others, or by members to come.
     pub fn is_shared_beyond(&self, instance: InstanceId) -> bool {
-        self.durable || self.state.lock().has_member_beyond(instance)
+        let state = self.state.lock();
+        state.durable || state.has_member_beyond(instance)
     }
 
     /// Adds entries, in order. Beyond the bound the oldest are lost, and the next one handed over says how many: a caller that
@@ -270,23 +349,24 @@ impl DeliveryQueue {
     ///
     /// Entries local to an instance without a member are refused by doing nothing.
     pub fn push(&self, entries: impl IntoIterator<Item = Entry>, aftermath: &mut Aftermath) {
-        let chores = {
-            let mut state = self.state.lock();
-            if state.ended {
-                return;
-            }
-            state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), &mut aftermath.lost);
-            self.len.store(state.bounded_len(), Ordering::Release);
-            state.is_anyone_parked().then(|| {
-                let mut chores = Chores::default();
-                state.wake(&mut chores);
-                chores
-            })
-        };
-        if let Some(mut chores) = chores {
-            aftermath.wakers.extend(chores.wakers.drain(..));
-            self.finish(&mut chores);
+        let mut state = self.state.lock();
+        if state.ended {
+            return;
         }
+        let len = state.push(entries.into_iter(), self.capacity.load(Ordering::Relaxed), aftermath);
+        self.len.store(len, Ordering::Release);
+        if state.is_anyone_parked() {
+            self.wake_parked(state, aftermath);
+        }
+    }
+
+    #[inline(never)] // pushing to who is busy is to stay small
+    fn wake_parked(&self, mut state: MutexGuard<'_, State>, aftermath: &mut Aftermath) {
+        let mut chores = Chores::default();
+        state.wake(&mut chores);
+        drop(state);
+        chores.take_wakers().for_each(|waker| aftermath.wake(waker));
+        self.finish(chores);
     }
 
     /// Ends the queue: what waits is dropped, members' streams end. Returns how many entries were dropped.
@@ -298,7 +378,7 @@ impl DeliveryQueue {
             self.publish_state(&state);
             dropped
         };
-        self.finish(&mut chores);
+        self.finish(chores);
         dropped
     }
 
@@ -314,7 +394,7 @@ impl DeliveryQueue {
             self.len.store(state.bounded_len(), Ordering::Release);
         }
         let forgotten = chores.rare().dropped.len() as u64;
-        self.finish(&mut chores);
+        self.finish(chores);
         forgotten
     }
 
@@ -331,14 +411,14 @@ impl DeliveryQueue {
             state.wake(&mut chores);
             tokens.len() as u64
         };
-        self.finish(&mut chores);
+        self.finish(chores);
         count
     }
 
     /// What the only member's source took and did not hand over; nothing once the queue has ended, whatever the source may still
     /// be storing. While the lock is held it only becomes less.
     fn stashed(&self, state: &State) -> u64 {
-        if state.ended { 0 } else { self.stashed.load(Ordering::SeqCst) as u64 }
+        if state.ended { 0 } else { self.hand.stashed.load(Ordering::SeqCst) as u64 }
     }
 
     /// Whether nothing is queued, held, or due to come back.
@@ -374,7 +454,7 @@ impl DeliveryQueue {
     pub fn burden(&self, instance: InstanceId) -> (u64, u64) {
         let state = self.state.lock();
         let held = state.held_by(instance).count() as u64;
-        let others = self.durable || state.has_member_beyond(instance);
+        let others = state.durable || state.has_member_beyond(instance);
         let waiting = if others { 0 } else { state.waiting() + self.stashed(&state) };
         (held, waiting)
     }
@@ -383,7 +463,7 @@ impl DeliveryQueue {
     pub fn status(&self) -> QueueStatus {
         let state = self.state.lock();
         let queued = state.ready.front().into_iter().chain(state.returned.iter()).chain(state.delayed.iter());
-        let queued = queued.chain(state.local.iter().flat_map(|(_, items)| items)).map(|item| &item.entry);
+        let queued = queued.chain(state.local.iter().flat_map(Local::entries));
         let oldest = queued.chain(state.held.iter().map(|(_, held)| &held.entry)).map(|entry| entry.event.created_at()).min();
         let age = |time: Timestamp| {
             Duration::from_millis(Timestamp::now().as_millis().saturating_sub(time.as_millis()).try_into().unwrap_or(0))
@@ -408,7 +488,7 @@ impl DeliveryQueue {
     fn member_status(&self, member: u64) -> SubscriptionStatus {
         let state = self.state.lock();
         SubscriptionStatus {
-            queued: (state.bounded_len() + state.returned.len()) as u64 + self.stashed(&state),
+            queued: state.queued() as u64 + self.stashed(&state),
             held: state.held.iter().filter(|(_, held)| held.member == member).count() as u64,
             delayed: state.delayed.len() as u64,
             lagged: state.counts.lagged,
@@ -420,11 +500,13 @@ impl DeliveryQueue {
 
     /// What a member asks for: the next delivery, or to be woken when there is one. What it takes beyond that goes into `stash`,
     /// up to `take` in all, if it is the only member.
+    #[inline(never)] // what needs no lock is to stay small
     fn poll_take(
         self: &Arc<Self>,
         token: u64,
-        stash: &mut VecDeque<Item>,
+        stash: &mut VecDeque<Entry>,
         take: usize,
+        holder: &mut Option<Arc<Holder>>,
         cx: &mut Context<'_>,
         mode: AckMode,
     ) -> Poll<Option<Result<Delivery>>> {
@@ -437,10 +519,10 @@ impl DeliveryQueue {
                 state.wait_for_hands(token, cx);
                 state.wake(&mut chores); // meanwhile the work is for others
                 drop(state);
-                self.finish(&mut chores);
+                self.finish(chores);
                 return Poll::Pending;
             }
-            let Some(Item { entry, lagged }) = state.next_for(token, stash) else {
+            let Some(entry) = state.next_for(token, stash) else {
                 state.park(token, cx);
                 drop(state);
                 self.timer.go_on(); // what it waits for may have to come back first
@@ -451,37 +533,38 @@ impl DeliveryQueue {
                 // Handing these over will need no lock.
                 let more = (take - 1).min(state.ready.len());
                 if more == state.ready.len() {
-                    std::mem::swap(stash, &mut state.ready);
+                    mem::swap(stash, &mut state.ready);
                 } else {
                     stash.extend(state.ready.drain(..more));
                 }
             }
-            self.stashed.store(stash.len(), Ordering::Release);
+            self.hand.stashed.store(stash.len(), Ordering::Release);
             self.len.store(state.bounded_len(), Ordering::Release);
             chores.room = true;
             state.wake(&mut chores);
-            let options = &state.member(token).expect("looked up above").options;
-            if options.retry.is_over(entry.attempt) {
+            let options = |state: &State| state.member(token).expect("looked up above").options.clone();
+            if entry.attempt > 1 && options(&state).retry.is_over(entry.attempt) {
                 // Counted elsewhere: by a server, or by a member with a more patient policy.
-                let (options, attempts) = (options.clone(), entry.attempt - 1);
+                let (options, attempts) = (options(&state), entry.attempt - 1);
                 state.give_up(entry, attempts, "attempts exhausted".into(), &options, &mut chores);
                 drop(state);
-                self.finish(&mut chores);
+                self.finish(chores);
                 continue;
             }
             let delivery = match mode {
                 AckMode::Auto => {
                     chores.drained = true;
-                    entry.settled(lagged)
+                    entry.settled()
                 }
                 AckMode::Manual => {
-                    let (event, attempt, place) = (entry.event.clone(), entry.attempt, entry.place.clone());
+                    let Entry { event, attempt, extras } = entry.clone();
                     let in_flight = state.hold(entry, token, Instant::now(), &mut chores);
-                    placed(Delivery::held(event, attempt, self.clone(), in_flight).after_losing(lagged), place)
+                    Delivery::held(event, attempt, holder.get_or_insert_with(|| Holder::new(self)).clone(), in_flight)
+                        .with_extras(extras)
                 }
             };
             drop(state);
-            self.finish(&mut chores);
+            self.finish(chores);
             return Poll::Ready(Some(Ok(delivery)));
         }
     }
@@ -493,34 +576,50 @@ impl DeliveryQueue {
             state.leave(member, &mut chores);
             self.publish_state(&state);
         }
-        self.finish(&mut chores);
+        self.finish(chores);
     }
 
     /// Makes readable without the lock what leaving and ending change.
     fn publish_state(&self, state: &State) {
-        self.has_ended.store(state.ended, Ordering::Release);
+        self.hand.has_ended.store(state.ended, Ordering::Release);
         self.lossy.store(state.is_lossy(), Ordering::Relaxed);
         self.len.store(state.bounded_len(), Ordering::Release);
     }
 
     /// Does what must not be done under the lock. Returns the receipt of a dead letter, if there was one.
     #[inline]
-    fn finish(&self, chores: &mut Chores) -> Option<Receipt> {
-        if let Some(when) = chores.arm {
+    fn finish(&self, chores: Chores) -> Option<Receipt> {
+        if chores.is_more_than_ringing() {
+            return self.finish_all(chores);
+        }
+        self.ring(chores.room, chores.drained);
+        mem::forget(chores); // nothing is in it
+        None
+    }
+
+    #[inline(never)]
+    fn finish_all(&self, chores: Chores) -> Option<Receipt> {
+        let Chores { waker, arm, room, drained, rare } = chores;
+        if let Some(when) = arm {
             let me: Weak<dyn Due> = self.me.clone();
             self.timer.call_at(when, me);
         }
-        if !chores.wakers.is_empty() {
-            chores.wakers.drain(..).for_each(Waker::wake);
-        }
-        if chores.room && self.room_wanted.load(Ordering::SeqCst) > 0 {
+        let Rare { wakers, letters, dropped } = rare.map_or_else(Rare::default, |rare| *rare);
+        waker.into_iter().chain(wakers).for_each(Waker::wake);
+        let receipt = letters.into_iter().map(|letter| self.bury(letter)).last();
+        self.ring(room, drained);
+        discard(dropped);
+        receipt
+    }
+
+    #[inline]
+    fn ring(&self, room: bool, drained: bool) {
+        if room && self.room_wanted.load(Ordering::SeqCst) > 0 {
             self.room.notify_waiters();
         }
-        let receipt = chores.rare.take().and_then(|rare| rare.letters.into_iter().map(|letter| self.bury(letter)).last());
-        if chores.drained {
+        if drained {
             self.ring_drained();
         }
-        receipt
     }
 
     #[inline]
@@ -547,10 +646,14 @@ impl fmt::Debug for DeliveryQueue {
     }
 }
 
-fn placed(delivery: Delivery, place: Option<(Arc<Scope>, Position)>) -> Delivery {
-    match place {
-        Some((scope, position)) => delivery.at(scope, position),
-        None => delivery,
+/// Drops entries, of which a payload's destructor may make anything: a panic of one concerns neither the others nor whoever has
+/// to let go of them.
+fn discard(entries: impl IntoIterator<Item = Entry>) {
+    for entry in entries {
+        let id = entry.event.id().clone();
+        if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
+            tracing::error!(event = %id, "the destructor of a payload panicked");
+        }
     }
 }
 

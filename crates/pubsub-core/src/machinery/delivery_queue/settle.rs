@@ -9,27 +9,26 @@ use super::state::{Chores, Held, Letter};
 use super::{DeliveryQueue, Entry};
 use crate::machinery::Due;
 use crate::retry::MAX_DURATION;
-use crate::{Receipt, Settled, Settlement, Settler, dead_letter};
+use crate::{Receipt, Settled, Settlement, dead_letter};
 
-impl Settler for DeliveryQueue {
-    fn settle(&self, token: u64, settlement: Settlement) -> Receipt {
+/// The queue's side of [`Settler`].
+impl DeliveryQueue {
+    pub(super) fn settle(&self, token: u64, settlement: Settlement) -> Receipt {
         let mut chores = Chores { drained: true, ..Chores::default() };
         let settled = self.record(token, settlement, &mut chores);
         self.timer.go_on();
-        self.finish(&mut chores).unwrap_or_else(|| Receipt::ready(settled))
+        self.finish(chores).unwrap_or_else(|| Receipt::ready(settled))
     }
 
-    fn extend(&self, token: u64) -> Receipt {
+    pub(super) fn extend(&self, token: u64) -> Receipt {
         let extended = self.state.lock().extend(token, Instant::now());
         Receipt::ready(if extended { Settled::Done } else { Settled::TooLate })
     }
 
-    fn poll_revoked(&self, token: u64, cx: &mut Context<'_>) -> Poll<()> {
+    pub(super) fn poll_revoked(&self, token: u64, cx: &mut Context<'_>) -> Poll<()> {
         if self.state.lock().watch(token, cx) { Poll::Pending } else { Poll::Ready(()) }
     }
-}
 
-impl DeliveryQueue {
     fn record(&self, token: u64, settlement: Settlement, chores: &mut Chores) -> Settled {
         let mut state = self.state.lock();
         let options = if matches!(settlement, Settlement::Done) { None } else { state.holder_options(token) };
@@ -108,7 +107,7 @@ impl Due for DeliveryQueue {
         let mut chores = Chores::default();
         self.state.lock().due(now, &mut chores);
         let next = chores.arm.take();
-        self.finish(&mut chores);
+        self.finish(chores);
         next
     }
 }

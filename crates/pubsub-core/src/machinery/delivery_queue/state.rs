@@ -10,7 +10,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::{Entry, InstanceId};
+use super::{Aftermath, Entry, InstanceId};
 use crate::machinery::{InFlight, RetryQueue};
 use crate::{Event, Overflow, SubscribeOptions, Topic};
 
@@ -30,12 +30,12 @@ pub(super) struct State {
     pub(super) durable: bool,
     pub(super) ended: bool,
     /// What was pushed, bounded.
-    pub(super) ready: VecDeque<Item>,
+    pub(super) ready: VecDeque<Entry>,
     /// What was pushed for one instance of a group only; counts towards the same bound.
-    pub(super) local: Vec<(InstanceId, VecDeque<Item>)>,
+    pub(super) local: Vec<Local>,
     /// What came back: retries that are due and releases. Goes before what is ready.
-    pub(super) returned: VecDeque<Item>,
-    pub(super) delayed: RetryQueue<Item>,
+    pub(super) returned: VecDeque<Entry>,
+    pub(super) delayed: RetryQueue<Entry>,
     pub(super) held: InFlight<Held>,
     members: InFlight<Member>,
     /// Members that have not left; those that have stay known while they hold something.
@@ -59,16 +59,29 @@ pub(super) struct State {
     hold_due: Option<Instant>,
 }
 
+/// What is for one instance of a group only.
+pub(super) struct Local {
+    instance: InstanceId,
+    ready: VecDeque<Entry>,
+    /// What came back, which does not count towards the bound.
+    returned: VecDeque<Entry>,
+}
+
+impl Local {
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.returned.iter().chain(&self.ready)
+    }
+
+    fn into_entries(self) -> impl Iterator<Item = Entry> {
+        self.returned.into_iter().chain(self.ready)
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Counts {
     pub(super) lagged: u64,
     pub(super) dead_lettered: u64,
     pub(super) dropped: u64,
-}
-
-pub(super) struct Item {
-    pub(super) entry: Entry,
-    pub(super) lagged: u64,
 }
 
 pub(super) struct Member {
@@ -90,7 +103,8 @@ pub(super) struct Held {
 /// What is to be done once the lock is released. Mostly nothing, and then it costs nothing.
 #[derive(Default)]
 pub(super) struct Chores {
-    pub(super) wakers: SmallVec<[Waker; 2]>,
+    /// A consumer to wake; `rare` has more.
+    pub(super) waker: Option<Waker>,
     pub(super) arm: Option<Instant>,
     /// Ring for publishers that wait for room.
     pub(super) room: bool,
@@ -101,9 +115,10 @@ pub(super) struct Chores {
 
 #[derive(Default)]
 pub(super) struct Rare {
+    pub(super) wakers: Vec<Waker>,
     pub(super) letters: Vec<Letter>,
     /// Entries that are gone. Their payloads' destructors are user code.
-    pub(super) dropped: Vec<Item>,
+    pub(super) dropped: Vec<Entry>,
 }
 
 impl Chores {
@@ -113,9 +128,22 @@ impl Chores {
 
     #[inline]
     fn wake(&mut self, waker: Option<Waker>) {
-        if let Some(waker) = waker {
-            self.wakers.push(waker);
+        if self.waker.is_none() {
+            self.waker = waker;
+        } else if let Some(waker) = waker {
+            self.rare().wakers.push(waker);
         }
+    }
+
+    #[inline]
+    pub(super) fn is_more_than_ringing(&self) -> bool {
+        self.waker.is_some() || self.arm.is_some() || self.rare.is_some()
+    }
+
+    /// The consumers to wake, for somebody who does it later.
+    pub(super) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> + use<> {
+        let more = self.rare.as_mut().map(|rare| mem::take(&mut rare.wakers));
+        self.waker.take().into_iter().chain(more.into_iter().flatten())
     }
 }
 
@@ -182,9 +210,9 @@ impl State {
             self.woken = None;
         }
         if !self.has_member_of(instance)
-            && let Some(place) = self.local.iter().position(|(of, _)| *of == instance)
+            && let Some(place) = self.local.iter().position(|local| local.instance == instance)
         {
-            chores.rare().dropped.extend(self.local.swap_remove(place).1);
+            chores.rare().dropped.extend(self.local.swap_remove(place).into_entries());
         }
         if self.present == 0 && !self.durable {
             self.end(chores);
@@ -215,80 +243,92 @@ impl State {
         let before = chores.rare().dropped.len();
         chores.rare().dropped.extend(mem::take(&mut self.ready));
         chores.rare().dropped.extend(mem::take(&mut self.returned));
-        chores.rare().dropped.extend(mem::take(&mut self.local).into_iter().flat_map(|(_, items)| items));
+        chores.rare().dropped.extend(mem::take(&mut self.local).into_iter().flat_map(Local::into_entries));
         chores.rare().dropped.extend(mem::take(&mut self.delayed).into_items());
         (chores.rare().dropped.len() - before) as u64
     }
 
     // Contents.
 
-    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, dropped: &mut Vec<Item>) {
+    /// Adds entries and returns what then counts towards the bound.
+    #[inline]
+    pub(super) fn push(&mut self, entries: impl Iterator<Item = Entry>, capacity: usize, aftermath: &mut Aftermath) -> usize {
         let mut len = self.bounded_len();
         for entry in entries {
-            let item = Item { entry, lagged: 0 };
-            match item.entry.only {
+            match entry.is_only_for() {
                 // A backend pushes to a fan-out queue only what is for its one member.
                 Some(instance) if self.group => {
                     if !self.has_member_of(instance) {
-                        dropped.push(item);
+                        aftermath.lose(entry);
                         continue;
                     }
-                    self.local_of(instance).push_back(item);
+                    self.local_of(instance).ready.push_back(entry);
                 }
-                _ => self.ready.push_back(item),
+                _ => self.ready.push_back(entry),
             }
             len += 1;
             // As it goes: a burst must not leave a buffer of its size behind.
             while len > capacity {
-                self.lose_oldest(dropped);
+                self.lose_oldest(aftermath);
                 len -= 1;
             }
         }
+        len
     }
 
     /// What waits, in no order.
     pub(super) fn waiting_events(&self) -> impl Iterator<Item = &Arc<Event>> {
         let items = self.ready.iter().chain(&self.returned).chain(self.delayed.iter());
-        items.chain(self.local.iter().flat_map(|(_, items)| items)).map(|item| &item.entry.event)
+        items.chain(self.local.iter().flat_map(Local::entries)).map(|entry| &entry.event)
     }
 
     /// Removes what waits of these events.
     pub(super) fn remove(&mut self, gone: &HashSet<*const Event>, chores: &mut Chores) {
-        let is_gone = |item: &Item| gone.contains(&Arc::as_ptr(&item.entry.event));
-        let mut sift = |items: &mut VecDeque<Item>| {
+        let is_gone = |entry: &Entry| gone.contains(&Arc::as_ptr(&entry.event));
+        let mut sift = |items: &mut VecDeque<Entry>| {
             let (lost, kept): (VecDeque<_>, VecDeque<_>) = mem::take(items).into_iter().partition(is_gone);
             *items = kept;
             chores.rare().dropped.extend(lost);
         };
         sift(&mut self.ready);
         sift(&mut self.returned);
-        self.local.iter_mut().for_each(|(_, items)| sift(items));
+        for local in &mut self.local {
+            sift(&mut local.ready);
+            sift(&mut local.returned);
+        }
         chores.rare().dropped.extend(self.delayed.extract(is_gone));
     }
 
-    fn local_of(&mut self, instance: InstanceId) -> &mut VecDeque<Item> {
-        let place = self.local.iter().position(|(of, _)| *of == instance).unwrap_or_else(|| {
-            self.local.push((instance, VecDeque::new()));
+    fn local_of(&mut self, instance: InstanceId) -> &mut Local {
+        let place = self.local.iter().position(|local| local.instance == instance).unwrap_or_else(|| {
+            self.local.push(Local { instance, ready: VecDeque::new(), returned: VecDeque::new() });
             self.local.len() - 1
         });
-        &mut self.local[place].1
+        &mut self.local[place]
     }
 
-    fn lose_oldest(&mut self, dropped: &mut Vec<Item>) {
-        let lost = self.ready.pop_front().or_else(|| self.local.iter_mut().find_map(|(_, items)| items.pop_front()));
+    #[cold]
+    fn lose_oldest(&mut self, aftermath: &mut Aftermath) {
+        let lost = self.ready.pop_front().or_else(|| self.local.iter_mut().find_map(|local| local.ready.pop_front()));
+        let Some(lost) = lost else { return };
         // What it had lost before it is lost still.
-        self.lagged += lost.as_ref().map_or(0, |lost| 1 + lost.lagged);
-        self.counts.lagged += u64::from(lost.is_some());
-        dropped.extend(lost);
+        self.lagged += 1 + lost.lagged();
+        self.counts.lagged += 1;
+        aftermath.lose(lost);
     }
 
     /// What counts towards the bound.
     pub(super) fn bounded_len(&self) -> usize {
-        self.ready.len() + self.local.iter().map(|(_, items)| items.len()).sum::<usize>()
+        self.ready.len() + self.local.iter().map(|local| local.ready.len()).sum::<usize>()
+    }
+
+    /// What members could take, if it is for them.
+    pub(super) fn queued(&self) -> usize {
+        self.bounded_len() + self.returned.len() + self.local.iter().map(|local| local.returned.len()).sum::<usize>()
     }
 
     pub(super) fn waiting(&self) -> u64 {
-        (self.bounded_len() + self.returned.len() + self.delayed.len()) as u64
+        (self.queued() + self.delayed.len()) as u64
     }
 
     pub(super) fn is_drained(&self) -> bool {
@@ -297,44 +337,45 @@ impl State {
 
     /// What a member takes next, if there is anything for it: what came back, then what it had taken ahead, then what is new;
     /// nothing new while too many deliveries wait for their back-off.
-    pub(super) fn next_for(&mut self, token: u64, ahead: &mut VecDeque<Item>) -> Option<Item> {
-        let member = self.member(token)?;
-        let (instance, most) = (member.instance, member.options.max_in_flight.max(DELAYED));
-        if let Some(item) = self.returned.pop_front() {
-            return Some(item);
+    pub(super) fn next_for(&mut self, token: u64, ahead: &mut VecDeque<Entry>) -> Option<Entry> {
+        if let Some(entry) = self.returned.pop_front() {
+            return Some(entry);
         }
-        if self.delayed.len() >= most {
+        // The options of a member are looked at where that is seldom: they are far away.
+        if self.delayed.len() >= DELAYED && self.delayed.len() >= self.member(token)?.options.max_in_flight {
             return None;
         }
-        if let Some(item) = ahead.pop_front() {
-            return Some(item);
+        if let Some(entry) = ahead.pop_front() {
+            return Some(entry);
         }
-        let local = self.local.iter_mut().find(|(of, _)| *of == instance);
-        if let Some(item) = local.and_then(|(_, items)| items.pop_front()) {
-            return Some(item);
+        if !self.local.is_empty() {
+            let instance = self.member(token)?.instance;
+            let local = self.local.iter_mut().find(|local| local.instance == instance);
+            if let Some(entry) = local.and_then(|local| local.returned.pop_front().or_else(|| local.ready.pop_front())) {
+                return Some(entry);
+            }
         }
-        let mut item = self.ready.pop_front()?;
-        item.lagged = mem::take(&mut self.lagged);
-        Some(item)
+        let entry = self.ready.pop_front()?;
+        Some(if self.lagged > 0 { entry.after_losing(mem::take(&mut self.lagged)) } else { entry })
     }
 
     /// What came back goes to the front, uncounted towards the bound: it was counted when it was pushed.
     pub(super) fn give_back(&mut self, entry: Entry, chores: &mut Chores) {
-        let item = Item { entry, lagged: 0 };
-        match item.entry.only {
+        let entry = entry.after_losing(0);
+        match entry.is_only_for() {
             Some(instance) if self.group => {
                 if self.has_member_of(instance) {
-                    self.local_of(instance).push_front(item);
+                    self.local_of(instance).returned.push_back(entry);
                 } else {
-                    chores.rare().dropped.push(item);
+                    chores.rare().dropped.push(entry);
                 }
             }
-            _ => self.returned.push_back(item),
+            _ => self.returned.push_back(entry),
         }
     }
 
     pub(super) fn retry_at(&mut self, due: Instant, entry: Entry, chores: &mut Chores) {
-        self.delayed.push(due, Item { entry, lagged: 0 });
+        self.delayed.push(due, entry);
         self.want(due, chores);
     }
 
@@ -399,7 +440,7 @@ impl State {
         let Some(Held { entry, waker, .. }) = self.let_go(token, chores) else { return };
         chores.wake(waker);
         if self.ended {
-            chores.rare().dropped.push(Item { entry, lagged: 0 });
+            chores.rare().dropped.push(entry);
             return;
         }
         if options.retry.is_exhausted_after(entry.attempt) {
@@ -435,7 +476,11 @@ impl State {
     }
 
     /// A member found work, though it may have been waiting still.
+    #[inline]
     pub(super) fn found(&mut self, token: u64) {
+        if self.parked.is_empty() {
+            return;
+        }
         if let Some(member) = self.members.get_mut(token)
             && mem::replace(&mut member.parked, false)
         {
@@ -464,12 +509,16 @@ impl State {
     }
 
     /// Wakes one member if there is work that nobody was woken for.
+    #[inline]
     pub(super) fn wake(&mut self, chores: &mut Chores) {
-        if self.parked.is_empty() {
-            return;
+        if self.is_anyone_parked() {
+            self.wake_parked(chores);
         }
-        let mut local = mem::take(&mut self.local);
-        for (instance, _) in local.iter_mut().filter(|(_, items)| !items.is_empty()) {
+    }
+
+    fn wake_parked(&mut self, chores: &mut Chores) {
+        let local = mem::take(&mut self.local);
+        for Local { instance, .. } in local.iter().filter(|local| local.entries().next().is_some()) {
             let of = |token: &u64| self.member(*token).is_some_and(|member| member.instance == *instance);
             if let Some(token) = self.parked.iter().position(of).and_then(|place| self.parked.remove(place)) {
                 chores.wake(self.unpark(token));
@@ -519,8 +568,8 @@ impl State {
             self.armed.pop();
         }
         self.patient = false;
-        while let Some(item) = self.delayed.pop_due(now) {
-            self.give_back(item.entry, chores);
+        while let Some(entry) = self.delayed.pop_due(now) {
+            self.give_back(entry, chores);
         }
         if self.hold_due.is_some_and(|due| due <= now) {
             let overdue: Vec<u64> = self.holds().filter(|(until, _)| *until <= now).map(|(_, token)| token).collect();
@@ -530,7 +579,7 @@ impl State {
             self.hold_due = self.holds().map(|(until, _)| until).min();
         }
         let woken = self.woken.take().is_some() | mem::take(&mut self.woken_locally);
-        if woken && self.bounded_len() + self.returned.len() > 0 {
+        if woken && self.queued() > 0 {
             for token in mem::take(&mut self.parked) {
                 chores.wake(self.unpark(token));
             }
