@@ -302,9 +302,9 @@ impl Instance {
             (Err(gap), OnGap::Fail) => return Err(ErrorKind::Gap(gap).into()),
         };
         let mut sequence = Sequence::starting(head.generation, from, head.next);
-        if sequence.wants().is_some() {
+        if let Some(wanted) = sequence.wants() {
             // The first page in the call itself: what cannot be replayed refuses the subscription.
-            sequence.page(from, log.read_once(from, PAGE).await?, PAGE);
+            sequence.page(wanted, log.read_once(wanted.from, PAGE).await?, PAGE);
         }
         Ok(sequence)
     }

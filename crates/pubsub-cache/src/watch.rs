@@ -22,7 +22,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::place::scope;
-use crate::sequence::{Ready, Sequence};
+use crate::sequence::{Ready, Sequence, Wanted};
 use crate::{Generation, LogPage, OnStoreFailure, ServerCache};
 
 /// How many events are read from the store at a time.
@@ -221,8 +221,8 @@ pub(crate) struct Watch {
     silent: bool,
     log: Log,
     sequence: Sequence,
-    /// What is being read, and from where on.
-    reading: Option<(u64, BoxFuture<'static, Result<LogPage>>)>,
+    /// What is being read.
+    reading: Option<(Wanted, BoxFuture<'static, Result<LogPage>>)>,
     scope: Option<(Generation, Arc<Scope>)>,
     /// Whether a complaint was made about numbers of another store.
     complained: bool,
@@ -323,14 +323,18 @@ impl Watch {
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
-        let Some(from) = self.sequence.wants() else { return Poll::Ready(Ok(())) };
-        let (from, reading) = self.reading.get_or_insert_with(|| (from, self.log.clone().read(from).boxed()));
-        let (from, read) = (*from, ready!(reading.poll_unpin(cx)));
+        let Some(wanted) = self.sequence.wants() else {
+            self.reading = None; // it has come live
+            return Poll::Ready(Ok(()));
+        };
+        self.reading.take_if(|(asked, _)| asked.generation != wanted.generation);
+        let (wanted, reading) = self.reading.get_or_insert_with(|| (wanted, self.log.clone().read(wanted.from).boxed()));
+        let (wanted, read) = (*wanted, ready!(reading.poll_unpin(cx)));
         self.reading = None;
         match read {
-            Ok(page) => self.sequence.page(from, page, PAGE),
+            Ok(page) => self.sequence.page(wanted, page, PAGE),
             Err(error) if self.log.on_failure == OnStoreFailure::Continue => {
-                tracing::warn!(topic = %self.log.topic, from, %error, "the store does not answer: live delivery goes on without it");
+                tracing::warn!(topic = %self.log.topic, from = wanted.from, %error, "the store does not answer: live delivery goes on without it");
                 self.sequence.skip();
             }
             Err(error) => return Poll::Ready(Err(error)),
