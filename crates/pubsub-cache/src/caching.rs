@@ -7,8 +7,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::{join, join_all};
 use parking_lot::Mutex;
-use pubsub_core::machinery::Timer;
+use pubsub_core::machinery::{DeliveryQueue, Timer};
 use pubsub_core::{
     Capabilities, Closed, Control, Deduplication, Error, ErrorKind, Event, Fate, LeaseProvider, OnGap, Page, Positions, PubSub,
     PublishError, PublishOptions, Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus,
@@ -22,7 +23,7 @@ use crate::carried::Carried;
 use crate::letters::Letters;
 use crate::place::{Scopes, first_of, history};
 use crate::sequence::Sequence;
-use crate::watch::{Held, Log, PAGE, Watch, Watched};
+use crate::watch::{Held, Log, MEMBER, PAGE, Watch, Watched};
 use crate::{CachingBuilder, Generation, LogPage, OnStoreFailure, ServerCache};
 
 /// Any bus, with a dense index for each event, a history, and replay. Clones are the same instance; see the [crate](crate) for what
@@ -47,6 +48,8 @@ struct Instance {
 #[derive(Default)]
 struct Watches {
     open: HashMap<u64, (Topic, Arc<Watched>)>,
+    /// Queues of watches that have ended while their consumers held something.
+    held_on: Vec<Weak<DeliveryQueue>>,
     /// Set once by the first `close`; says what it left when it has ended.
     closing: Option<watch::Receiver<Option<Result<Closed, ErrorKind>>>>,
 }
@@ -264,8 +267,7 @@ impl Instance {
         let me = self.me.clone();
         let forget = move || {
             if let Some(instance) = me.upgrade() {
-                let gone = instance.watches.lock().open.remove(&number);
-                drop(gone); // it may be the last
+                instance.forget(number);
             }
         };
         let watched = Arc::new(Watched::new(inner.handle(), forget));
@@ -281,6 +283,22 @@ impl Instance {
         let held = Held::new(held, timer, Arc::new(Letters(self.inner.clone())));
         let source = Watch::new(watched.clone(), inner, log, sequence, held);
         Ok(Subscription::new(topic.clone(), options, Box::new(source), watched))
+    }
+
+    /// A watch has ended.
+    fn forget(&self, number: u64) {
+        let mut watches = self.watches.lock();
+        let Some((_, watched)) = watches.open.remove(&number) else { return };
+        if let Some(queue) = watched.held_on() {
+            watches.held_on.retain(|queue| queue.strong_count() > 0);
+            watches.held_on.push(queue);
+        }
+        let capacity = watches.open.capacity();
+        if capacity > 64 && watches.open.len() < capacity / 4 {
+            watches.open.shrink_to_fit(); // a burst of watches gives its memory back
+        }
+        drop(watches);
+        drop(watched); // it may be the last
     }
 
     /// Where a watch begins.
@@ -299,27 +317,33 @@ impl Instance {
             (Err(gap), OnGap::Fail) => return Err(ErrorKind::Gap(gap).into()),
         };
         let mut sequence = Sequence::starting(head.generation, from, head.next);
-        if sequence.wants().is_some() {
+        if let Some(wanted) = sequence.wants() {
             // The first page in the call itself: what cannot be replayed refuses the subscription.
-            sequence.page(from, log.read_once(from, PAGE).await?, PAGE);
+            sequence.page(wanted, log.read_once(wanted.from, PAGE).await?, PAGE);
         }
         Ok(sequence)
     }
 
     /// Closes the bus below and ends every watch, within the time.
-    async fn end(self: Arc<Self>, watches: Vec<Arc<Watched>>, within: Duration) -> Result<Closed, ErrorKind> {
+    async fn end(
+        self: Arc<Self>,
+        watches: Vec<Arc<Watched>>,
+        held_on: Vec<Arc<DeliveryQueue>>,
+        within: Duration,
+    ) -> Result<Closed, ErrorKind> {
         let until = Instant::now() + within;
-        let relieved = async {
-            let relieved = futures::future::join_all(watches.iter().map(|watched| watched.relieved()));
-            drop(tokio::time::timeout_at(until, relieved).await);
+        let relieved = async || {
+            let relieved = join_all(watches.iter().map(|watched| watched.relieved()));
+            let settled = join_all(held_on.iter().map(|queue| queue.drained()));
+            drop(tokio::time::timeout_at(until, join(relieved, settled)).await);
         };
-        let (closed, ()) = futures::future::join(self.inner.close(within), relieved).await;
+        let (closed, ()) = join(self.inner.close(within), relieved()).await;
         // What the bus below has handed over last may just have come here.
-        let relieved = futures::future::join_all(watches.iter().map(|watched| watched.relieved()));
-        drop(tokio::time::timeout_at(until, relieved).await);
+        relieved().await;
         let released: u64 = watches.iter().map(|watched| watched.unread()).sum();
         watches.iter().for_each(|watched| watched.stop());
-        let cut_off: u64 = watches.iter().map(|watched| watched.revoke()).sum();
+        let cut_off = watches.iter().map(|watched| watched.revoke()).sum::<u64>();
+        let cut_off = cut_off + held_on.iter().map(|queue| queue.revoke(MEMBER)).sum::<u64>();
         let mut closed = closed.map_err(|error| error.kind().clone())?;
         (closed.released, closed.cut_off) = (closed.released + released, closed.cut_off + cut_off);
         Ok(closed)
@@ -337,11 +361,12 @@ impl PubSub for CachingPubSub {
         // A publisher that never has to wait must let others run now and then.
         tokio::task::consume_budget().await;
         let instance = &self.0;
+        let refused = |error: Error| PublishError::none_sent(error.during("publish").on(topic), events.len());
+        instance.check_open("publish", topic).map_err(refused)?;
         if options.local_only || events.is_empty() || !instance.caches(topic) {
             return instance.inner.publish(topic, events, options).await;
         }
-        let checked = instance.check_open("publish", topic).and_then(|()| instance.prepare(events, &options));
-        let prepared = checked.map_err(|error| PublishError::none_sent(error.during("publish").on(topic), events.len()))?;
+        let prepared = instance.prepare(events, &options).map_err(refused)?;
         let events = prepared.as_deref().unwrap_or(events);
         let Some(appended) = instance.store.append_now(topic, events) else {
             return Carried::new(instance.clone().keep_and_publish(topic.clone(), events.to_vec(), options)).await;
@@ -362,7 +387,7 @@ impl PubSub for CachingPubSub {
         options: &PublishOptions,
     ) -> Option<Result<Positions, PublishError>> {
         // What is kept may have to wait for the bus below once it is in the log.
-        let passes = options.local_only || !self.0.caches(topic);
+        let passes = self.0.check_open("publish", topic).is_ok() && (options.local_only || !self.0.caches(topic));
         passes.then(|| self.0.inner.publish_now(topic, events, options)).flatten()
     }
 
@@ -385,25 +410,28 @@ impl PubSub for CachingPubSub {
         }
         let log = self.0.log(topic);
         let read = async {
-            let head = log.read_once(0, 0).await?;
+            let mut head = log.read_once(0, 0).await?;
             if head.generation.is_none()
                 && let Ok(page) = self.0.inner.history(topic, from.clone(), limit).await
                 && page.head.is_some()
             {
                 return Ok(page); // dead letters, which the bus below keeps by itself
             }
-            let first = first_of(topic, &from, &head).map_err(ErrorKind::Gap)?;
-            if limit == 0 || first >= head.next {
-                return Ok(history(topic, head, limit));
+            loop {
+                let first = first_of(topic, &from, &head).map_err(ErrorKind::Gap)?;
+                if limit == 0 || first >= head.next {
+                    return Ok(history(topic, head, limit));
+                }
+                let page = log.read_once(first, limit).await?;
+                if page.generation != head.generation {
+                    head = LogPage { events: Vec::new(), ..page }; // cleared just now
+                    continue;
+                }
+                if page.floor > first && from != Start::Earliest {
+                    return Err(ErrorKind::Gap(pubsub_core::Gap::Trimmed { missed: Some(page.floor - first) }).into());
+                }
+                return Ok(history(topic, page, limit));
             }
-            let page = log.read_once(first, limit).await?;
-            if page.generation != head.generation {
-                return Ok(history(topic, LogPage { events: Vec::new(), ..page }, limit)); // cleared just now
-            }
-            if page.floor > first && from != Start::Earliest {
-                return Err(ErrorKind::Gap(pubsub_core::Gap::Trimmed { missed: Some(page.floor - first) }).into());
-            }
-            Ok(history(topic, page, limit))
         };
         read.await.map_err(|error: Error| error.during("history").on(topic))
     }
@@ -464,11 +492,12 @@ impl PubSub for CachingPubSub {
                     watches.closing = Some(ended.clone());
                     self.0.is_closed.store(true, Ordering::Release);
                     let open: Vec<_> = watches.open.values().map(|(_, watched)| watched.clone()).collect();
+                    let held_on: Vec<_> = watches.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
                     drop(watches);
                     open.iter().for_each(|watched| watched.begin_to_close());
                     // A task of its own, bounded by its time: the caller may go away.
                     let runtime = Handle::try_current().map_err(|_| Error::closed().during("close"))?;
-                    let ending = self.0.clone().end(open, within);
+                    let ending = self.0.clone().end(open, held_on, within);
                     runtime.spawn(async move { tell.send_replace(Some(ending.await)) });
                     ended
                 }

@@ -21,10 +21,11 @@ impl<T: Send + 'static> Future for Carried<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let future = self.0.as_mut().expect("not polled after it has ended");
+        // Out of its place meanwhile: one that panics has ended.
+        let mut future = self.0.take().expect("not polled after it has ended");
         let done = future.poll_unpin(cx);
-        if done.is_ready() {
-            self.0 = None;
+        if done.is_pending() {
+            self.0 = Some(future);
         }
         done
     }

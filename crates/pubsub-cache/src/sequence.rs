@@ -9,8 +9,9 @@ use pubsub_core::{Event, EventId};
 
 use crate::{Generation, LogPage};
 
-/// How many events without an index are remembered, so that they are not handed over again should they be in the log after all; and
-/// how many that could not be read are let in when they come late.
+/// How many events without an index are remembered, so that they are not handed over again should they be in the log after all; how
+/// many that were read from the log, should they come without an index; and how many that could not be read are let in when they come
+/// late.
 const REMEMBERED: usize = 1000;
 
 /// How many live events that came before their turn are kept in hand. More are left to be read from the log.
@@ -25,6 +26,13 @@ pub(crate) struct Ready {
     pub(crate) place: Option<(Generation, u64)>,
     /// How many were lost right before it.
     pub(crate) lagged: u64,
+}
+
+/// A piece of the log that is to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) generation: Option<Generation>,
+    pub(crate) from: u64,
 }
 
 #[derive(Debug, Default)]
@@ -49,6 +57,8 @@ pub(crate) struct Sequence {
     /// What could not be read, and may come late.
     missing: BTreeSet<u64>,
     strangers: Strangers,
+    /// What was read from the log last. Who published it may not know that it was kept, and send it without an index later.
+    read: VecDeque<EventId>,
     /// Whether the events of another store have been seen.
     pub(crate) foreign: bool,
 }
@@ -73,21 +83,25 @@ impl Sequence {
         self.ready.len()
     }
 
-    /// From which index on the log is to be read, if it is.
-    pub(crate) fn wants(&self) -> Option<u64> {
+    /// What is to be read of the log, if anything is.
+    pub(crate) fn wants(&self) -> Option<Wanted> {
         let early = self.early.first_key_value().map_or(0, |(index, _)| *index);
-        (self.next < self.target.max(early)).then_some(self.next)
+        (self.next < self.target.max(early)).then_some(Wanted { generation: self.generation, from: self.next })
     }
 
-    /// Nothing more is to be read: the rest is left to whoever resumes.
-    pub(crate) fn settle_for_less(&mut self) {
+    /// Nothing more is to be read: the rest is left to whoever resumes. Returns how much of that was in hand.
+    pub(crate) fn settle_for_less(&mut self) -> usize {
         self.target = self.next;
-        self.early.clear();
+        mem::take(&mut self.early).len()
     }
 
     /// The log is known to have what lies below this index, whether or not it comes live.
     pub(crate) fn known(&mut self, generation: Generation, next: u64) {
-        if self.generation.is_none() && !self.adrift {
+        let begins = match self.generation {
+            Some(mine) => mine.store() == generation.store() && mine.number() < generation.number(),
+            None => !self.adrift,
+        };
+        if begins {
             self.enter(generation);
         }
         if self.generation == Some(generation) {
@@ -113,6 +127,8 @@ impl Sequence {
                 self.enter(generation);
                 if mem::take(&mut self.adrift) {
                     (self.next, self.target, self.next_live) = (index, index, index);
+                    // Of those that were numbered before it, some may come behind it.
+                    self.missing.extend(index.saturating_sub(REMEMBERED as u64)..index);
                 }
             }
         }
@@ -134,15 +150,14 @@ impl Sequence {
         }
     }
 
-    /// A page was read from this index on, with this limit.
-    pub(crate) fn page(&mut self, from: u64, page: LogPage, limit: usize) {
-        if from > self.next {
-            return; // a generation began meanwhile: it is read anew
+    /// What was wanted was read, with this limit.
+    pub(crate) fn page(&mut self, wanted: Wanted, page: LogPage, limit: usize) {
+        if wanted.generation != self.generation {
+            return; // another began meanwhile: the page may be from before that
         }
         let Some(generation) = page.generation else { return self.skip() };
         if self.generation != Some(generation) {
-            // Cleared, or forgotten, since it was asked for: what was left of it is gone, and the next one is read from its start.
-            self.skip();
+            // Cleared, or forgotten, since it was asked for: the next one is read from its start.
             self.enter(generation);
             self.target = page.next;
             return;
@@ -158,11 +173,11 @@ impl Sequence {
         for event in page.events {
             let Some(index) = event.index().map(|place| place.index).filter(|index| *index >= self.next) else { continue };
             self.early.remove(&index);
-            if self.strangers.forget(event.id()) {
-                self.next = index + 1; // it came live before it had a number
-            } else {
-                self.take(event, 1, index);
+            if self.read.len() == REMEMBERED {
+                self.read.pop_front();
             }
+            self.read.push_back(event.id().clone());
+            self.take(event, 1, index);
         }
         if whole {
             // Trims took the rest.
@@ -206,11 +221,17 @@ impl Sequence {
     /// An event of the sequence whose turn it is.
     fn take(&mut self, event: Arc<Event>, attempt: u32, index: u64) {
         self.next = index + 1;
-        self.emit(event, attempt, self.generation.map(|generation| (generation, index)));
+        // It may have come without a number before.
+        if attempt > 1 || !self.strangers.forget(event.id()) {
+            self.emit(event, attempt, self.generation.map(|generation| (generation, index)));
+        }
     }
 
     /// An event that nothing numbered passes at once.
     fn stranger(&mut self, event: Arc<Event>, attempt: u32) {
+        if attempt == 1 && self.read.contains(event.id()) {
+            return;
+        }
         self.strangers.remember(event.id());
         self.emit(event, attempt, None);
     }
@@ -219,8 +240,9 @@ impl Sequence {
         self.ready.push_back(Ready { event, attempt, place, lagged: mem::take(&mut self.lost) });
     }
 
-    /// A generation begins, at 0.
+    /// A generation begins, at 0. What was left of the one before is gone, but for what is in hand.
     fn enter(&mut self, generation: Generation) {
+        self.skip();
         self.generation = Some(generation);
         (self.next, self.target, self.next_live, self.dropped) = (0, 0, 0, 0);
         self.early.clear();

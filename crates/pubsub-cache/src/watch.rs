@@ -3,8 +3,8 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::place::scope;
-use crate::sequence::{Ready, Sequence};
+use crate::sequence::{Ready, Sequence, Wanted};
 use crate::{Generation, LogPage, OnStoreFailure, ServerCache};
 
 /// How many events are read from the store at a time.
@@ -35,7 +35,7 @@ const TRIES: u32 = 4;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// The one member of a watch's own queue.
-const MEMBER: InstanceId = 0;
+pub(crate) const MEMBER: InstanceId = 0;
 
 /// How a watch reads its topic's log.
 #[derive(Clone)]
@@ -77,8 +77,10 @@ impl Log {
 /// What a watch and those who hold on to it share.
 pub(crate) struct Watched {
     inner: SubscriptionHandle,
-    /// What was taken and not handed over; at least 1 while something is on its way here.
+    /// How many were taken and not handed over, doubled; odd while more is on its way here, or known to be in the log.
     ahead: AtomicUsize,
+    /// What closing left unread, though it had been taken or queued.
+    left: AtomicU64,
     ended: AtomicBool,
     /// Its bus is closing: what was taken is handed over, and nothing more is read.
     closing: AtomicBool,
@@ -99,6 +101,7 @@ impl Watched {
         Self {
             inner,
             ahead: AtomicUsize::new(0),
+            left: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             news: AtomicBool::new(false),
@@ -118,20 +121,39 @@ impl Watched {
 
     /// The log has what lies below this index, but for what was trimmed: it need not wait for it to come live.
     pub(crate) fn known(&self, generation: Generation, next: u64) {
-        *self.known.lock() = Some((generation, next));
+        {
+            let mut known = self.known.lock();
+            // Several may be told before they are looked at, in any order.
+            let earlier = known.filter(|(of, _)| of.store() == generation.store());
+            let told = (generation.number(), next);
+            if earlier.is_none_or(|(of, next)| (of.number(), next) < told) {
+                *known = Some((generation, next));
+            }
+        }
         self.tell();
     }
 
     /// Hands over what was taken, and reads nothing more.
     pub(crate) fn begin_to_close(&self) {
         self.closing.store(true, Ordering::Release);
+        self.idle.notify_waiters();
         self.tell();
     }
 
     /// How many were taken and not handed over.
+    fn ahead(&self) -> u64 {
+        self.ahead.load(Ordering::Acquire) as u64 / 2
+    }
+
+    /// How many were taken, or left where they were because the bus was closing, and not handed over.
     pub(crate) fn unread(&self) -> u64 {
         let waiting = self.held.get().map_or(0, |(queue, _)| queue.burden(MEMBER).1);
-        self.ahead.load(Ordering::Acquire) as u64 + waiting
+        self.ahead() + waiting + self.left.load(Ordering::Acquire)
+    }
+
+    /// The queue of what the consumer holds, if it holds anything.
+    pub(crate) fn held_on(&self) -> Option<Weak<DeliveryQueue>> {
+        self.held.get().filter(|(queue, _)| queue.burden(MEMBER).0 > 0).map(|(queue, _)| Arc::downgrade(queue))
     }
 
     /// Takes back what the consumer holds, and returns how many deliveries those were.
@@ -139,15 +161,20 @@ impl Watched {
         self.held.get().map_or(0, |(queue, _)| queue.revoke(MEMBER))
     }
 
-    fn set_ahead(&self, count: usize) {
-        if self.ahead.swap(count, Ordering::AcqRel) > 0 && count == 0 {
+    fn set_ahead(&self, count: usize, more: bool) {
+        let ahead = 2 * count + usize::from(more);
+        if self.ahead.swap(ahead, Ordering::AcqRel) > 0 && (ahead == 0 || self.closing.load(Ordering::Acquire)) {
             self.idle.notify_waiters();
         }
     }
 
     fn is_idle(&self) -> bool {
-        let ended = self.ended.load(Ordering::Acquire);
-        (ended || self.ahead.load(Ordering::Acquire) == 0) && self.held.get().is_none_or(|(queue, _)| queue.is_drained())
+        let read = if self.closing.load(Ordering::Acquire) {
+            self.ahead() == 0 // nothing more is read
+        } else {
+            self.known.lock().is_none() && self.ahead.load(Ordering::Acquire) == 0
+        };
+        (read || self.ended.load(Ordering::Acquire)) && self.held.get().is_none_or(|(queue, _)| queue.is_drained())
     }
 
     /// Waits until nothing that was taken here is left to hand over or to settle. Cancel safe.
@@ -198,7 +225,7 @@ impl Control for Watched {
     fn status(&self) -> SubscriptionStatus {
         let mut status = self.held.get().map(|(_, member)| member.status()).unwrap_or_default();
         let below = self.inner.status();
-        status.queued += below.queued + self.ahead.load(Ordering::Acquire) as u64;
+        status.queued += below.queued + self.ahead();
         status.dropped += below.dropped;
         status.dead_lettered += below.dead_lettered;
         status.lagged += self.lagged.load(Ordering::Relaxed) as u64;
@@ -221,8 +248,8 @@ pub(crate) struct Watch {
     silent: bool,
     log: Log,
     sequence: Sequence,
-    /// What is being read, and from where on.
-    reading: Option<(u64, BoxFuture<'static, Result<LogPage>>)>,
+    /// What is being read.
+    reading: Option<(Wanted, BoxFuture<'static, Result<LogPage>>)>,
     scope: Option<(Generation, Arc<Scope>)>,
     /// Whether a complaint was made about numbers of another store.
     complained: bool,
@@ -241,7 +268,7 @@ pub(crate) struct Held {
 
 impl Watch {
     pub(crate) fn new(shared: Arc<Watched>, inner: Subscription, log: Log, sequence: Sequence, held: Held) -> Self {
-        shared.set_ahead(sequence.len());
+        shared.set_ahead(sequence.len(), sequence.wants().is_some());
         Self { shared, inner, silent: false, log, sequence, reading: None, scope: None, complained: false, held }
     }
 
@@ -262,7 +289,7 @@ impl Watch {
             let place = next.place.map(|(generation, index)| (self.scope(generation), index));
             match mode {
                 AckMode::Auto => {
-                    self.shared.set_ahead(self.sequence.len());
+                    self.count_ahead();
                     let delivery = Delivery::settled(next.event, next.attempt).after_losing(next.lagged);
                     return Poll::Ready(Some(Ok(match place {
                         Some((scope, index)) => delivery.at(scope, index),
@@ -271,10 +298,14 @@ impl Watch {
                 }
                 AckMode::Manual => {
                     self.held.put(&self.log.topic, &self.shared, next, place);
-                    self.shared.set_ahead(self.sequence.len());
+                    self.count_ahead();
                 }
             }
         }
+    }
+
+    fn count_ahead(&self) {
+        self.shared.set_ahead(self.sequence.len(), self.sequence.wants().is_some());
     }
 
     /// The next of the sequence.
@@ -289,19 +320,20 @@ impl Watch {
             if self.shared.closing.load(Ordering::Acquire) && self.sequence.wants().is_some() {
                 // Behind a gap there is nothing to hand over any more: whoever resumes finds all of it in the log.
                 self.reading = None;
-                self.sequence.settle_for_less();
                 self.silent = true;
+                let left = self.sequence.settle_for_less() as u64 + self.shared.inner.status().queued;
+                self.shared.left.fetch_add(left, Ordering::AcqRel);
                 self.shared.inner.stop();
             }
-            // Counted before it is taken: whoever waits for this to drain must not find it nowhere.
-            self.shared.set_ahead(1);
+            // Said before it is taken: whoever waits for this to drain must not find it nowhere.
+            self.shared.set_ahead(0, true);
             let taken = if self.sequence.wants().is_some() { self.poll_log(cx).map(Some) } else { self.poll_live(cx) };
             match taken {
                 Poll::Ready(Some(Ok(()))) => {}
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error))),
                 Poll::Ready(None) => return Poll::Ready(None),
                 Poll::Pending => {
-                    self.shared.set_ahead(usize::from(self.reading.is_some()));
+                    self.count_ahead();
                     return Poll::Pending;
                 }
             }
@@ -317,14 +349,18 @@ impl Watch {
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
-        let Some(from) = self.sequence.wants() else { return Poll::Ready(Ok(())) };
-        let (from, reading) = self.reading.get_or_insert_with(|| (from, self.log.clone().read(from).boxed()));
-        let (from, read) = (*from, ready!(reading.poll_unpin(cx)));
+        let Some(wanted) = self.sequence.wants() else {
+            self.reading = None; // it has come live
+            return Poll::Ready(Ok(()));
+        };
+        self.reading.take_if(|(asked, _)| asked.generation != wanted.generation);
+        let (wanted, reading) = self.reading.get_or_insert_with(|| (wanted, self.log.clone().read(wanted.from).boxed()));
+        let (wanted, read) = (*wanted, ready!(reading.poll_unpin(cx)));
         self.reading = None;
         match read {
-            Ok(page) => self.sequence.page(from, page, PAGE),
+            Ok(page) => self.sequence.page(wanted, page, PAGE),
             Err(error) if self.log.on_failure == OnStoreFailure::Continue => {
-                tracing::warn!(topic = %self.log.topic, from, %error, "the store does not answer: live delivery goes on without it");
+                tracing::warn!(topic = %self.log.topic, from = wanted.from, %error, "the store does not answer: live delivery goes on without it");
                 self.sequence.skip();
             }
             Err(error) => return Poll::Ready(Err(error)),
@@ -371,12 +407,16 @@ impl Source for Watch {
         ready!(pin!(tokio::task::consume_budget()).poll(cx));
         loop {
             if self.shared.news.load(Ordering::Acquire) && self.shared.news.swap(false, Ordering::AcqRel) {
+                self.shared.set_ahead(self.sequence.len(), true); // before it is known here alone
                 let known = self.shared.known.lock().take();
                 if let Some((generation, next)) = known {
                     self.sequence.known(generation, next);
                 }
             }
             let polled = self.poll(cx, mode);
+            if let Poll::Ready(None | Some(Err(_))) = &polled {
+                self.shared.stop(); // nobody reads what would still come
+            }
             if polled.is_ready() {
                 return polled;
             }
@@ -391,7 +431,7 @@ impl Source for Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.shared.stop();
-        self.shared.set_ahead(0);
+        self.shared.set_ahead(0, false);
     }
 }
 
@@ -414,11 +454,13 @@ impl Held {
 
     /// Whether what was put in last waits for the consumer to settle something.
     fn is_full(&self) -> bool {
-        self.put.is_some()
+        // The queue may also have given it up, if a server had counted too many attempts.
+        self.put.is_some() && self.member.as_ref().is_some_and(|member| member.status().queued > 0)
     }
 
     fn put(&mut self, topic: &Topic, shared: &Watched, next: Ready, place: Option<(Arc<Scope>, u64)>) {
-        self.put = Some((next.event.clone(), next.lagged));
+        let untold = self.put.take().map_or(0, |(_, lagged)| lagged);
+        self.put = Some((next.event.clone(), untold + next.lagged));
         let entry = Entry::new(next.event).attempt(next.attempt);
         let entry = match place {
             Some((scope, index)) => entry.at(scope, index),

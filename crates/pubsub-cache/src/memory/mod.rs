@@ -141,7 +141,9 @@ impl InMemoryServerCache {
         let mut gone = Gone::default();
         let append = |log: &mut Log, gone: &mut Gone| {
             log.expire(self.horizon(now), gone);
-            log.append(events, &sizes, now, &self.bounds, gone)
+            let appended = log.append(events, &sizes, now, &self.bounds, gone);
+            self.bytes.fetch_add(appended.added, Ordering::Relaxed);
+            appended
         };
         let appended = {
             let logs = self.logs.read();
@@ -155,7 +157,7 @@ impl InMemoryServerCache {
             }
             append(&mut logs[topic].lock(), &mut gone)
         });
-        self.account(appended.added, gone);
+        self.account(gone);
         Ok(appended.events)
     }
 
@@ -163,13 +165,14 @@ impl InMemoryServerCache {
         Generation::new(self.store, self.generations.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Counts what was added and what is gone, and keeps the bound on bytes. To be called without any lock: what is gone is dropped
-    /// here, and the destructors of payloads are user code.
-    fn account(&self, added: usize, gone: Gone) {
-        self.bytes.fetch_sub(gone.bytes, Ordering::Relaxed);
-        let before = self.bytes.fetch_add(added, Ordering::Relaxed);
+    /// Counts what is gone, and keeps the bound on bytes. To be called without any lock: what is gone is dropped here, and the
+    /// destructors of payloads are user code. What was added was counted under its lock: others may have made it go by now, and the
+    /// count must not fall below nothing.
+    fn account(&self, gone: Gone) {
+        let before = self.bytes.fetch_sub(gone.bytes, Ordering::Relaxed);
+        let left = before - gone.bytes;
         drop(gone);
-        if before + added > self.bounds.max_bytes {
+        if left > self.bounds.max_bytes {
             self.evict();
         }
     }
@@ -224,15 +227,22 @@ impl InMemoryServerCache {
                     None => values.forget_used_at(used, &mut gone),
                 }
             }
+            // Under the locks, so that the next to look does not find too much as well.
+            self.bytes.fetch_sub(gone.bytes, Ordering::Relaxed);
         }
-        self.account(0, gone);
+        drop(gone);
     }
 
     /// Does something with the values, and accounts for it.
     fn with_values<R>(&self, operate: impl FnOnce(&mut Values, Moment, &InMemoryBuilder, &mut Gone) -> (R, usize)) -> R {
         let mut gone = Gone::default();
-        let (result, added) = operate(&mut self.values.lock(), self.now(), &self.bounds, &mut gone);
-        self.account(added, gone);
+        let result = {
+            let mut values = self.values.lock();
+            let (result, added) = operate(&mut values, self.now(), &self.bounds, &mut gone);
+            self.bytes.fetch_add(added, Ordering::Relaxed);
+            result
+        };
+        self.account(gone);
         result
     }
 }
@@ -300,7 +310,7 @@ impl ServerCache for InMemoryServerCache {
                 log.page(from, limit, now)
             })
         };
-        self.account(0, gone);
+        self.account(gone);
         Ok(page.unwrap_or_default())
     }
 
@@ -315,7 +325,7 @@ impl ServerCache for InMemoryServerCache {
         if let Some(log) = log {
             log.into_inner().forget_all(&mut gone);
         }
-        self.account(0, gone);
+        self.account(gone);
         Ok(())
     }
 
@@ -325,7 +335,7 @@ impl ServerCache for InMemoryServerCache {
         let kept = self.logs.read().get(topic).map(|log| log.lock().page(0, usize::MAX, self.now()).events);
         let matching: Vec<_> = kept.into_iter().flatten().filter(|event| filter.matches(event)).collect();
         let trimmed = self.logs.read().get(topic).map_or(0, |log| log.lock().remove(&matching, &mut gone));
-        self.account(0, gone);
+        self.account(gone);
         Ok(trimmed)
     }
 

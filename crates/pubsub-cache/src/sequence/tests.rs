@@ -38,8 +38,8 @@ impl Log {
     }
 
     fn feed(&self, sequence: &mut Sequence, limit: usize) {
-        while let Some(from) = sequence.wants() {
-            sequence.page(from, self.page(from, limit), limit);
+        while let Some(wanted) = sequence.wants() {
+            sequence.page(wanted, self.page(wanted.from, limit), limit);
         }
     }
 }
@@ -84,9 +84,9 @@ fn a_new_generation_begins_at_0_and_stragglers_are_dropped() {
 fn a_page_asked_for_before_a_generation_began_skips_nothing_of_it() {
     let (old, new) = (Log::new(generation(3), 9), Log::new(generation(4), 3));
     let mut sequence = Sequence::starting(Some(old.generation), 5, 9);
-    let from = sequence.wants().unwrap();
+    let wanted = sequence.wants().unwrap();
     sequence.live(new.events[0].clone(), 1, 0);
-    sequence.page(from, new.page(from, 9), 9);
+    sequence.page(wanted, new.page(wanted.from, 9), 9);
     new.feed(&mut sequence, 9);
     sequence.live(new.events[1].clone(), 1, 0);
     sequence.live(new.events[2].clone(), 1, 0);
@@ -97,7 +97,7 @@ fn a_page_asked_for_before_a_generation_began_skips_nothing_of_it() {
 fn a_log_that_is_gone_is_told_once_and_live_goes_on() {
     let old = Log::new(FIRST, 9);
     let mut sequence = Sequence::starting(Some(FIRST), 2, 6);
-    sequence.page(2, LogPage::default(), 9);
+    sequence.page(sequence.wants().unwrap(), LogPage::default(), 9);
     sequence.live(old.events[6].clone(), 1, 0);
     assert_eq!(drain(&mut sequence), (vec![6], 4));
     sequence.live(old.events[3].clone(), 1, 0);
@@ -162,6 +162,91 @@ fn more_early_events_than_are_kept_in_hand_are_read() {
     assert_eq!(drain(&mut sequence), ((0..1000).collect(), 0));
 }
 
+#[test]
+fn a_page_from_before_a_clear_takes_nobody_back_to_it() {
+    let (old, new) = (Log::new(generation(3), 9), Log::new(generation(4), 3));
+    let mut sequence = Sequence::starting(Some(old.generation), 0, 9);
+    let wanted = sequence.wants().unwrap();
+    sequence.live(new.events[0].clone(), 1, 0);
+    let (seen, lost) = drain(&mut sequence);
+    assert_eq!((seen, lost), (vec![0], 9), "what was left of the old one is told");
+    for page in [old.page(wanted.from, 4), LogPage::default()] {
+        sequence.page(wanted, page, 4); // it was read before the clear, or before the new one began, and is late
+        sequence.live(new.events[1].clone(), 1, 0);
+        new.feed(&mut sequence, 4);
+    }
+    assert_eq!(drain(&mut sequence), (vec![1], 0), "neither again nor lost");
+}
+
+#[test]
+fn what_is_in_hand_when_a_generation_begins_is_handed_over() {
+    let (old, new) = (Log::new(generation(3), 9), Log::new(generation(4), 3));
+    let mut sequence = Sequence::starting(Some(old.generation), 5, 5);
+    sequence.live(old.events[6].clone(), 1, 0);
+    sequence.live(new.events[0].clone(), 1, 0);
+    assert_eq!(drain(&mut sequence), (vec![6, 0], 1));
+}
+
+#[test]
+fn a_generation_of_which_only_the_log_has_anything_is_read() {
+    let new = Log::new(generation(4), 3);
+    let mut sequence = Sequence::starting(Some(generation(3)), 5, 5);
+    sequence.known(generation(4), 3);
+    sequence.known(generation(3), 9); // late
+    new.feed(&mut sequence, 2);
+    assert_eq!(drain(&mut sequence), (vec![0, 1, 2], 0));
+}
+
+#[test]
+fn an_event_read_from_the_log_is_not_repeated_without_its_index() {
+    let log = Log::new(FIRST, 3);
+    let mut sequence = Sequence::starting(Some(FIRST), 0, 2);
+    log.feed(&mut sequence, 9);
+    let unnumbered = Arc::new(Event::clone(&log.events[1]).with_index(None));
+    sequence.live(unnumbered.clone(), 1, 0);
+    assert_eq!(drain(&mut sequence), (vec![0, 1, 2], 0));
+    sequence.live(unnumbered, 2, 0);
+    assert_eq!(drain(&mut sequence), (vec![u64::MAX], 0), "a retry passes");
+}
+
+#[test]
+fn an_event_that_came_without_an_index_is_not_repeated_live_with_one() {
+    let log = Log::new(FIRST, 3);
+    let mut sequence = Sequence::starting(Some(FIRST), 0, 0);
+    sequence.live(Arc::new(Event::clone(&log.events[0]).with_index(None)), 1, 0);
+    log.events.iter().for_each(|event| sequence.live(event.clone(), 1, 0));
+    assert_eq!(drain(&mut sequence), (vec![u64::MAX, 1, 2], 0));
+}
+
+#[test]
+fn without_a_log_to_be_seen_a_number_that_was_overtaken_still_passes_once() {
+    let mut sequence = Sequence::adrift();
+    for index in [40, 38, 39, 38, 41] {
+        sequence.live(event(FIRST, index), 1, 0);
+    }
+    assert_eq!((drain(&mut sequence), sequence.wants()), ((vec![40, 38, 39, 41], 0), None));
+}
+
+#[test]
+fn what_is_remembered_is_bounded() {
+    let log = Log::new(FIRST, 20_000);
+    let mut sequence = Sequence::starting(Some(FIRST), 0, 0);
+    for (number, event) in log.events.iter().enumerate() {
+        sequence.live(Arc::new(Event::new("stranger")), 1, 0);
+        if number % 3 > 0 {
+            sequence.live(event.clone(), 1, 0); // each third is left out
+        }
+        match number % 1000 {
+            0 => sequence.skip(),
+            500 => log.feed(&mut sequence, 100),
+            _ => {}
+        }
+        drain(&mut sequence);
+    }
+    assert!(sequence.early.len() <= EARLY && sequence.missing.len() <= REMEMBERED && sequence.read.len() <= REMEMBERED);
+    assert!(sequence.strangers.ids.len() <= REMEMBERED && sequence.strangers.order.len() <= REMEMBERED);
+}
+
 proptest! {
     /// Whatever comes live, in whatever order, twice or not at all, and however it is read: each event once, in order.
     #[test]
@@ -178,8 +263,8 @@ proptest! {
         let mut seen = Vec::new();
         for (index, read) in live.iter().zip(reads) {
             sequence.live(log.events[*index as usize].clone(), 1, 0);
-            if read && let Some(from) = sequence.wants() {
-                sequence.page(from, log.page(from, limit), limit);
+            if read && let Some(wanted) = sequence.wants() {
+                sequence.page(wanted, log.page(wanted.from, limit), limit);
             }
             seen.extend(drain(&mut sequence).0);
         }
@@ -206,9 +291,9 @@ proptest! {
             sequence.live(log.events[index as usize].clone(), 1, 0);
             match (what, sequence.wants()) {
                 (0, Some(_)) => sequence.skip(),
-                (1, Some(from)) => sequence.page(from, LogPage::default(), limit),
+                (1, Some(wanted)) => sequence.page(wanted, LogPage::default(), limit),
                 (2, _) => log.floor = log.floor.max(floor),
-                (_, Some(from)) => sequence.page(from, log.page(from, limit), limit),
+                (_, Some(wanted)) => sequence.page(wanted, log.page(wanted.from, limit), limit),
                 _ => {}
             }
             let (more, lost) = drain(&mut sequence);
