@@ -410,6 +410,7 @@ impl PubSub for CachingPubSub {
         }
         let log = self.0.log(topic);
         let read = async {
+            Page::check_limit(limit)?;
             let mut head = log.read_once(0, 0).await?;
             if head.generation.is_none()
                 && let Ok(page) = self.0.inner.history(topic, from.clone(), limit).await
@@ -419,7 +420,7 @@ impl PubSub for CachingPubSub {
             }
             loop {
                 let first = first_of(topic, &from, &head).map_err(ErrorKind::Gap)?;
-                if limit == 0 || first >= head.next {
+                if first >= head.next {
                     return Ok(history(topic, head, limit));
                 }
                 let page = log.read_once(first, limit).await?;

@@ -201,7 +201,7 @@ impl DeadLetterSink for Letterbox {
         let hub = self.0.upgrade()?;
         let letter = Arc::new(letter);
         let (state, kept) = hub.with_topic(topic, |state| (state.clone(), state.keep(&hub, &letter)));
-        drop(kept);
+        kept.finish();
         if state.offer_letter(&letter) {
             return None;
         }

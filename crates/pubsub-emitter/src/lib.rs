@@ -35,7 +35,8 @@
 //!   durable, also those that were there before it became one: they last while it is one. A group that is made on one starts with
 //!   what is kept.
 //! - A dead-letter topic keeps its last 1,000 letters (see [`dead_letter_retention`](EmitterBuilder::dead_letter_retention)), to be
-//!   read with `history` and redriven. A topic is one while a subscription names it or it keeps a letter.
+//!   read with `history` and redriven. A topic is one while a subscription names it or it keeps a letter. Whatever is published to
+//!   it counts as a letter, unless it is local-only: a decorator, or a program of one's own, may bury there too.
 //!
 //! # Configuration
 //!

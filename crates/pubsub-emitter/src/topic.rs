@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use pubsub_core::machinery::{Aftermath, DeliveryQueue, Entry, InstanceId, Timer};
 use pubsub_core::{
-    Capability, Cursor, Error, ErrorKind, Event, Gap, Group, GroupStatus, OnGap, Page, Position, Result, Scope, Start,
-    SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
+    Capability, Cursor, Error, ErrorKind, Event, Group, GroupStatus, OnGap, Page, Result, Scope, Start, SubscribeOptions,
+    Subscription, Topic, TopicStatus, TrimFilter,
 };
 use tokio::runtime::Handle;
 use tokio::time::Instant;
@@ -194,20 +194,14 @@ impl TopicState {
         self.attached.lock().letters.is_some()
     }
 
-    /// Keeps a dead letter, for history and durable groups. Called under the hub's lock on its topics; what is returned, a letter
-    /// that had to go for it among it, is to be dropped without: a payload's destructor is user code.
-    pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) -> (Aftermath, Option<(u64, Arc<Event>)>) {
+    /// Keeps a dead letter, for history and durable groups. Called under the hub's lock on its topics.
+    #[must_use = "to be finished without the lock"]
+    pub(crate) fn keep(&self, hub: &Hub, letter: &Arc<Event>) -> Aftermath {
         let mut aftermath = Aftermath::new();
         let mut attached = self.attached.lock();
-        let letters = attached.letters(hub, &self.topic, &mut aftermath);
-        let entry = Entry::new(letter.clone()).at(letters.scope.clone(), letters.next);
-        letters.kept.push_back((letters.next, letter.clone()));
-        letters.next += 1;
-        let lost = if letters.kept.len() > letters.retention { letters.kept.pop_front() } else { None };
-        for queue in attached.groups.iter().filter(|queue| queue.is_durable()) {
-            queue.push([entry.clone()], &mut aftermath);
-        }
-        (aftermath, lost)
+        let entry = attached.letters(hub, &self.topic, &mut aftermath).keep(letter, &mut aftermath);
+        attached.durable().for_each(|queue| queue.push([entry.clone()], &mut aftermath));
+        aftermath
     }
 
     /// Gives a dead letter to those who listen and are not durable; false if one of them has no room.
@@ -311,6 +305,7 @@ impl Attached {
     fn push(&mut self, events: &[Arc<Event>], only: Option<InstanceId>, aftermath: &mut Aftermath) -> Option<Handlers> {
         self.sure_room = self.sure_room.saturating_sub(events.len());
         match only {
+            None if self.letters.is_some() => self.push_kept(events, aftermath),
             None => self.queues(None).for_each(|queue| queue.push(events.iter().cloned().map(Entry::new), aftermath)),
             Some(instance) => {
                 let entry = |event: &Arc<Event>| Entry::new(event.clone()).only(instance);
@@ -318,6 +313,18 @@ impl Attached {
             }
         }
         (!self.inline.is_empty()).then(|| self.inline.clone())
+    }
+
+    /// A dead-letter topic keeps whatever is published to it.
+    #[cold]
+    fn push_kept(&mut self, events: &[Arc<Event>], aftermath: &mut Aftermath) {
+        for event in events {
+            let kept = self.letters.as_mut().map(|letters| letters.keep(event, aftermath));
+            for queue in self.queues(None) {
+                let entry = kept.clone().filter(|_| queue.is_durable());
+                queue.push([entry.unwrap_or_else(|| Entry::new(event.clone()))], aftermath);
+            }
+        }
     }
 
     fn has_room(&mut self, count: usize, only: Option<InstanceId>) -> bool {
@@ -390,19 +397,28 @@ impl Letters {
         Self { scope: Arc::new(scope), kept: VecDeque::new(), next: 0, retention: hub.retention() }
     }
 
+    /// Keeps one more, and gives what a durable group gets of it.
+    fn keep(&mut self, letter: &Arc<Event>, aftermath: &mut Aftermath) -> Entry {
+        let entry = Entry::new(letter.clone()).at(self.scope.clone(), self.next);
+        self.kept.push_back((self.next, letter.clone()));
+        self.next += 1;
+        if self.kept.len() > self.retention
+            && let Some((_, oldest)) = self.kept.pop_front()
+        {
+            aftermath.drop_later(oldest);
+        }
+        entry
+    }
+
     /// The number of the first letter from a start on.
     fn start(&self, start: &Start, on_gap: OnGap) -> Result<u64> {
+        if let Start::Index(_) = start {
+            return Err(Error::unsupported(Capability::Index));
+        }
         let floor = self.kept.front().map_or(self.next, |(number, _)| *number);
-        let gap = match start {
-            Start::Latest => return Ok(self.next),
-            Start::Earliest => return Ok(floor),
-            Start::Index(_) => return Err(Error::unsupported(Capability::Index)),
-            Start::After(cursor) => match self.scope.admits(cursor) {
-                Ok(Position { major, .. }) if major >= self.next => Gap::Ahead,
-                Ok(Position { major, .. }) if major + 1 < floor => Gap::Trimmed { missed: Some(floor - major - 1) },
-                Ok(Position { major, .. }) => return Ok(major + 1),
-                Err(gap) => gap,
-            },
+        let gap = match self.scope.first_of(start, floor, self.next) {
+            Ok(first) => return Ok(first),
+            Err(gap) => gap,
         };
         match on_gap {
             OnGap::Earliest => Ok(floor),

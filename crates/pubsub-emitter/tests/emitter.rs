@@ -295,6 +295,27 @@ async fn a_group_is_durable_from_when_its_topic_becomes_a_dead_letter_topic() {
 }
 
 #[tokio::test]
+async fn whatever_is_published_to_a_dead_letter_topic_is_a_letter() {
+    let bus = Bus::from(EventEmitterPubSub::builder().dead_letter_retention(2).build().unwrap());
+    bus.publish_data("dead", "before", 0).await.unwrap();
+    let names_it = bus.subscribe_with("t", group("g").dead_letter(topic("dead"))).await.unwrap();
+    let mut live = bus.subscribe("dead").await.unwrap();
+    for number in 1..4 {
+        bus.publish_data("dead", "by hand", number).await.unwrap();
+    }
+    let local = Arc::new(Event::new("local").with_data(9));
+    bus.publish_with("dead", &[local], PublishOptions::local_only()).await.unwrap();
+    for number in [1, 2, 3, 9] {
+        assert_eq!(*live.next().await.unwrap().unwrap().data::<i32>().unwrap(), number);
+    }
+    let kept = bus.history("dead", Start::Earliest, 9).await.unwrap().entries;
+    assert_eq!(kept.iter().map(|(_, letter)| *letter.data::<i32>().unwrap()).collect::<Vec<_>>(), [2, 3]);
+    let redriven = bus.redrive("dead", |_| std::future::ready(Ok(()))).await.unwrap();
+    assert_eq!(redriven.done, 2);
+    drop(names_it);
+}
+
+#[tokio::test]
 async fn a_page_of_nothing_is_refused() {
     let bus = Bus::from(EventEmitterPubSub::new());
     let _names_it = bus.subscribe_with("t", group("g").dead_letter(topic("dead"))).await.unwrap();

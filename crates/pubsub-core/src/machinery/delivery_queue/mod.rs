@@ -74,6 +74,11 @@ impl Aftermath {
     fn lose(&mut self, entry: Entry) {
         self.more().lost.push(entry);
     }
+
+    /// Drops an event where no lock is held, too: its payload's destructor is its publisher's code.
+    pub fn drop_later(&mut self, event: Arc<Event>) {
+        self.lose(Entry::new(event));
+    }
 }
 
 impl Drop for Aftermath {
