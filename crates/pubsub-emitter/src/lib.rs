@@ -47,7 +47,7 @@
 //!
 //! No limit on payloads unless [`max_payload`](EmitterBuilder::max_payload) sets one. Queues are bounded by the subscriptions'
 //! options. An inline handler may cause publishes to further inline handlers [`MAX_INLINE_DEPTH`] deep. A subscription costs
-//! about a kilobyte while idle, and no task; a bus has one task from its first deadline on.
+//! less than two kilobytes while idle, and no task; a bus has one task from its first deadline on.
 //!
 //! # When the peer dies
 //!
