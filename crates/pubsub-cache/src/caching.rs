@@ -207,10 +207,7 @@ impl Instance {
         kept: &[Arc<Event>],
         published: Result<Positions, PublishError>,
     ) -> Result<Positions, PublishError> {
-        let error = match published {
-            Ok(_) => return Ok(self.scopes.positions(topic, kept)),
-            Err(error) => error,
-        };
+        let Err(error) = published else { return Ok(self.scopes.positions(topic, kept)) };
         // What did not go out is in the log, where those who watch find it: nobody can say that nobody will see it.
         self.tell_watches(topic, kept);
         let fate = |fate: &Fate| if *fate == Fate::NotSent { Fate::Unknown } else { *fate };

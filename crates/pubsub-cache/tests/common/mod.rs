@@ -263,6 +263,7 @@ pub(crate) struct Spy {
     pub(crate) trimmed: AtomicUsize,
     /// Whether a new subscription first gets all that was published before, again.
     pub(crate) sends_backlog: AtomicBool,
+    pub(crate) without_leases: AtomicBool,
     /// Deliveries to put into the next subscription before anything else.
     pub(crate) script: Mutex<Vec<(Arc<Event>, u32)>>,
 }
@@ -284,6 +285,7 @@ impl Spy {
             cleared: AtomicUsize::new(0),
             trimmed: AtomicUsize::new(0),
             sends_backlog: AtomicBool::new(false),
+            without_leases: AtomicBool::new(false),
             script: Mutex::default(),
         })
     }
@@ -344,7 +346,9 @@ impl pubsub_core::Control for Handle {
 #[deny(clippy::missing_trait_methods)]
 impl PubSub for Spy {
     fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
+        let mut capabilities = self.inner.capabilities();
+        capabilities.leases = capabilities.leases.filter(|_| !self.without_leases.load(Ordering::SeqCst));
+        capabilities
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
@@ -428,6 +432,6 @@ impl PubSub for Spy {
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
-        self.inner.leases()
+        self.inner.leases().filter(|_| !self.without_leases.load(Ordering::SeqCst))
     }
 }
