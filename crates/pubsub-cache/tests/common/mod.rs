@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use parking_lot::Mutex;
-use pubsub_cache::{InMemoryServerCache, LogPage, ServerCache};
+use pubsub_cache::{Generation, InMemoryServerCache, LogPage, ServerCache};
 use pubsub_core::{
     AckMode, Capabilities, Closed, Deduplication, Delivery, Error, ErrorKind, Event, EventId, LeaseProvider, Page, Positions,
     PubSub, PublishError, PublishOptions, Result, Source, Start, StatusWatch, SubscribeOptions, Subscription, Topic,
@@ -179,7 +179,9 @@ impl FaultyStore {
         let page = self.inner.read(topic, 0, usize::MAX).await.unwrap();
         let indices: Vec<_> = page.events.iter().map(|event| event.index().unwrap().index).collect();
         assert_eq!(indices, (0..page.next).collect::<Vec<_>>(), "indices are dense");
-        assert!(page.events.iter().all(|event| Some(event.index().unwrap().generation) == page.generation.map(|of| of.get())));
+        assert!(
+            page.events.iter().all(|event| Some(event.index().unwrap().generation) == page.generation.map(Generation::get))
+        );
         page.events
     }
 }
