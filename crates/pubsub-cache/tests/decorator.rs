@@ -216,7 +216,7 @@ async fn what_stays_local_and_what_is_not_wanted_passes_unkept() {
     let bus = builder.should_cache(|topic| topic.as_str() != "unwanted").build().unwrap();
     let mut local = from(&bus, "t", Start::Latest).await;
     let value = Arc::new(Event::new("live").with_payload(Payload::live(Arc::new(7_u8))));
-    bus.publish(&topic("t"), &[value.clone()], PublishOptions::local_only()).await.unwrap();
+    bus.publish(&topic("t"), std::slice::from_ref(&value), PublishOptions::local_only()).await.unwrap();
     publish(&bus, &topic("t"), &events(0..1)).await;
     let seen = take(&mut local, 2).await;
     assert_eq!((indices(&seen), seen[0].id()), (vec![None, Some(0)], value.id()));
