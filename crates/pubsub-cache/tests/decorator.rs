@@ -102,6 +102,28 @@ async fn a_transport_that_sends_its_backlog_again_is_replayed_once_and_in_order(
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_published_while_a_subscription_begins_arrives_with_nothing_behind_it() {
+    for (start, due) in [(Start::Latest, 2), (Start::Earliest, 1), (Start::Index(1), 2)] {
+        for step in [0, 1] {
+            let World { bus, store, .. } = world();
+            let (on, sent) = (topic("t"), events(1..3));
+            publish(&bus, &on, &sent[..1]).await;
+            // The log is read, and the answer is under way when the event comes.
+            store.schedule.at([store.schedule.count() + step], Fault::Late(Duration::from_millis(500)));
+            let subscribing = bus.subscribe(&on, SubscribeOptions::fan_out().start(start.clone()));
+            let publishing = async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                publish(&bus, &on, &sent[1..]).await;
+            };
+            let (subscribed, ()) = futures::join!(subscribing, publishing);
+            let mut subscription = subscribed.unwrap();
+            assert_eq!(ids(&take(&mut subscription, 3 - due).await), ids(&sent[due - 1..]));
+            assert!(subscription.next().now_or_never().is_none());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn live_events_that_come_during_a_replay_keep_working_handles() {
     // RP-14
     let World { bus, store, .. } = world();
