@@ -54,6 +54,8 @@ pub(crate) struct Sequence {
     dropped: u64,
     /// The index that would be next on the bus.
     next_live: u64,
+    /// How many below that have not come, and were not accounted for as dropped.
+    left_out: u64,
     /// What could not be read, and may come late.
     missing: BTreeSet<u64>,
     strangers: Strangers,
@@ -133,9 +135,13 @@ impl Sequence {
             }
         }
         // What the bus dropped is accounted for by the indices it left out: those are read, or told to be lost when that fails.
-        let left_out = index.saturating_sub(self.next_live);
-        self.lost += mem::take(&mut self.dropped).saturating_sub(left_out);
-        self.next_live = self.next_live.max(index + 1);
+        match index.checked_sub(self.next_live) {
+            Some(passed_over) => (self.next_live, self.left_out) = (index + 1, self.left_out + passed_over),
+            None => self.left_out = self.left_out.saturating_sub(1), // it was overtaken
+        }
+        let accounted_for = self.dropped.min(self.left_out);
+        self.left_out -= accounted_for;
+        self.lost += mem::take(&mut self.dropped) - accounted_for;
         if index < self.next {
             if attempt > 1 || self.missing.remove(&index) {
                 self.emit(event, attempt, Some((generation, index)));
@@ -244,7 +250,7 @@ impl Sequence {
     fn enter(&mut self, generation: Generation) {
         self.skip();
         self.generation = Some(generation);
-        (self.next, self.target, self.next_live, self.dropped) = (0, 0, 0, 0);
+        (self.next, self.target, self.next_live, self.left_out, self.dropped) = (0, 0, 0, 0, 0);
         self.early.clear();
         self.missing.clear();
     }

@@ -250,7 +250,8 @@ impl Run {
                     assert_eq!(seen.errors, 0, "{}", told());
                     let due = from_log.iter().skip(index).cloned().chain(sent(live_from));
                     let (mut due, mut got) = (ids(&due.collect::<Vec<_>>()), ids(&seen.events));
-                    (due.sort(), got.sort());
+                    due.sort();
+                    got.sort();
                     assert_eq!(got, due, "each exactly once: {}", told());
                     let places: Vec<_> = seen.events.iter().filter_map(|event| event.index()).collect();
                     assert!(places.is_sorted(), "in order: {}", told());

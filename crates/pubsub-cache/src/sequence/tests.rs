@@ -125,6 +125,18 @@ fn what_the_bus_drops_is_no_loss_if_the_log_has_it() {
 }
 
 #[test]
+fn what_the_bus_drops_behind_what_overtook_it_is_no_loss_either() {
+    let log = Log::new(FIRST, 9);
+    let mut sequence = Sequence::starting(Some(FIRST), 0, 0);
+    // 2 and 3 overtook 0 and 1, of which 1 was dropped.
+    for (index, dropped) in [(2, 0), (3, 0), (0, 0), (4, 1), (5, 1)] {
+        sequence.live(log.events[index].clone(), 1, dropped);
+    }
+    log.feed(&mut sequence, 100);
+    assert_eq!(drain(&mut sequence), ((0..9).collect(), 1), "the last that was dropped had no index");
+}
+
+#[test]
 fn events_without_an_index_pass_and_are_not_repeated_from_the_log() {
     let log = Log::new(FIRST, 3);
     let mut sequence = Sequence::starting(Some(FIRST), 0, 0);

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use parking_lot::Mutex;
-use pubsub_cache::{InMemoryServerCache, LogPage, ServerCache};
+use pubsub_cache::{Generation, InMemoryServerCache, LogPage, ServerCache};
 use pubsub_core::{
     AckMode, Capabilities, Closed, Deduplication, Delivery, Error, ErrorKind, Event, EventId, LeaseProvider, Page, Positions,
     PubSub, PublishError, PublishOptions, Result, Source, Start, StatusWatch, SubscribeOptions, Subscription, Topic,
@@ -179,7 +179,9 @@ impl FaultyStore {
         let page = self.inner.read(topic, 0, usize::MAX).await.unwrap();
         let indices: Vec<_> = page.events.iter().map(|event| event.index().unwrap().index).collect();
         assert_eq!(indices, (0..page.next).collect::<Vec<_>>(), "indices are dense");
-        assert!(page.events.iter().all(|event| Some(event.index().unwrap().generation) == page.generation.map(|of| of.get())));
+        assert!(
+            page.events.iter().all(|event| Some(event.index().unwrap().generation) == page.generation.map(Generation::get))
+        );
         page.events
     }
 }
@@ -263,6 +265,7 @@ pub(crate) struct Spy {
     pub(crate) trimmed: AtomicUsize,
     /// Whether a new subscription first gets all that was published before, again.
     pub(crate) sends_backlog: AtomicBool,
+    pub(crate) without_leases: AtomicBool,
     /// Deliveries to put into the next subscription before anything else.
     pub(crate) script: Mutex<Vec<(Arc<Event>, u32)>>,
 }
@@ -284,6 +287,7 @@ impl Spy {
             cleared: AtomicUsize::new(0),
             trimmed: AtomicUsize::new(0),
             sends_backlog: AtomicBool::new(false),
+            without_leases: AtomicBool::new(false),
             script: Mutex::default(),
         })
     }
@@ -344,7 +348,9 @@ impl pubsub_core::Control for Handle {
 #[deny(clippy::missing_trait_methods)]
 impl PubSub for Spy {
     fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
+        let mut capabilities = self.inner.capabilities();
+        capabilities.leases = capabilities.leases.filter(|_| !self.without_leases.load(Ordering::SeqCst));
+        capabilities
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
@@ -428,6 +434,6 @@ impl PubSub for Spy {
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
-        self.inner.leases()
+        self.inner.leases().filter(|_| !self.without_leases.load(Ordering::SeqCst))
     }
 }
