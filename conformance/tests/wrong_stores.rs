@@ -222,7 +222,7 @@ struct Harness {
 }
 
 impl Harness {
-    fn new(how: Wrong) -> Arc<dyn StoreHarness> {
+    fn of(how: Wrong) -> Arc<dyn StoreHarness> {
         Arc::new(Self { how, inner: parking_lot::Mutex::default() })
     }
 }
@@ -234,7 +234,7 @@ impl StoreHarness for Harness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn StoreHarness>> {
-        Ok(Self::new(self.how))
+        Ok(Self::of(self.how))
     }
 
     async fn connect(&self) -> Result<Arc<dyn ServerCache>> {
@@ -265,7 +265,7 @@ fn main() -> ExitCode {
     for (how, caught_by) in SABOTEURS {
         for id in *caught_by {
             trials.push(Trial::test(format!("{id} catches a store that is wrong: {how:?}"), move || {
-                match run(&Harness::new(*how), id).outcome(id) {
+                match run(&Harness::of(*how), id).outcome(id) {
                     Some(Outcome::Fail(_)) => Ok(()),
                     other => Err(Failed::from(format!("{other:?}"))),
                 }
@@ -273,7 +273,7 @@ fn main() -> ExitCode {
         }
     }
     trials.push(Trial::test("every property catches one, and none a store that is right", || {
-        let report = run(&Harness::new(Not), "ST-");
+        let report = run(&Harness::of(Not), "ST-");
         let uncaught: Vec<_> = report
             .properties()
             .iter()

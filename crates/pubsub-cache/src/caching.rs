@@ -11,9 +11,9 @@ use futures::future::{join, join_all};
 use parking_lot::Mutex;
 use pubsub_core::machinery::{DeliveryQueue, Timer};
 use pubsub_core::{
-    Capabilities, Closed, Control, Deduplication, Error, ErrorKind, Event, Fate, LeaseProvider, OnGap, Page, Positions, PubSub,
-    PublishError, PublishOptions, Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus,
-    TrimFilter,
+    Capabilities, Closed, Control, Deduplication, Error, ErrorKind, Event, Fate, LeaseProvider, OnGap, Overflow, Page,
+    Positions, PubSub, PublishError, PublishOptions, Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription,
+    Topic, TopicStatus, TrimFilter,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -256,12 +256,15 @@ impl Instance {
         let mut below = options.clone();
         (below.filter, below.ack_mode, below.on_gap) = (None, None, OnGap::Fail);
         below.start = options.start.clone().filter(|start| *start == Start::Latest);
+        let log = self.log(topic);
+        // What comes live between the two looks at the log's end may be dropped, and is no loss.
+        let before = if below.overflow == Overflow::DropOldest { log.read_once(0, 0).await.ok() } else { None };
         let inner = self.inner.subscribe(topic, below).await?;
 
         // From here on whatever is published is in the log or comes live, or both.
-        let log = self.log(topic);
         let start = options.start.clone().unwrap_or(Start::Latest);
-        let sequence = self.begin(&log, &start, options.on_gap).await.map_err(|error| error.during("subscribe").on(topic))?;
+        let begun = self.begin(&log, &start, options.on_gap, before).await;
+        let sequence = begun.map_err(|error| error.during("subscribe").on(topic))?;
 
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let me = self.me.clone();
@@ -302,7 +305,7 @@ impl Instance {
     }
 
     /// Where a watch begins.
-    async fn begin(&self, log: &Log, start: &Start, on_gap: OnGap) -> Result<Sequence> {
+    async fn begin(&self, log: &Log, start: &Start, on_gap: OnGap, before: Option<LogPage>) -> Result<Sequence> {
         let head = match (log.read_once(0, 0).await, start) {
             (Ok(head), _) => head,
             (Err(error), Start::Latest) if log.on_failure == OnStoreFailure::Continue => {
@@ -317,6 +320,9 @@ impl Instance {
             (Err(gap), OnGap::Fail) => return Err(ErrorKind::Gap(gap).into()),
         };
         let mut sequence = Sequence::starting(head.generation, from, head.next);
+        if let Some(before) = before.filter(|before| before.generation == head.generation) {
+            sequence.allow_for_dropped(head.next.saturating_sub(before.next));
+        }
         if let Some(wanted) = sequence.wants() {
             // The first page in the call itself: what cannot be replayed refuses the subscription.
             sequence.page(wanted, log.read_once(wanted.from, PAGE).await?, PAGE);

@@ -39,8 +39,9 @@
 //! - **A fan-out subscription** on a topic that is kept is a *watch*: it hands events over in the order of their indices, each once.
 //!   What comes live before its turn waits for what is missing, which is read from the log. So is what a full queue dropped
 //!   ([`Overflow::DropOldest`](pubsub_core::Overflow::DropOldest)), and what is in the log although publishing it failed. What the log
-//!   has forgotten for a bound is told by the next delivery ([`lagged`](pubsub_core::Delivery::lagged)). It begins at the head of the
-//!   log, at its oldest event, at an index, or behind a cursor; retries stay within the subscription.
+//!   has forgotten for a bound is told by the next delivery ([`lagged`](pubsub_core::Delivery::lagged)). Of events without an index
+//!   that a full queue dropped, up to 256 go untold: they cannot be told from what the log has. A watch begins at the head of the log,
+//!   at its oldest event, at an index, or behind a cursor; retries stay within the subscription.
 //! - **A group** passes through to the bus below unchanged, its start and its cursors too. Its deliveries bear their indices.
 //! - **Local-only events**, and topics that [`should_cache`](CachingBuilder::should_cache) leaves out, pass by: not kept, not
 //!   numbered. A watch hands them over as they come.
@@ -70,7 +71,9 @@
 //!
 //! Nothing of a watch is on any server. A publisher that is killed between the two steps has kept an event that was not published:
 //! those who watch find it in the log with the next one; groups do not get it, and publishing it again is safe. A store that is lost
-//! begins a new generation, which every cursor of the old one is told apart from.
+//! and comes back empty has another name in its generations: cursors of the old one are told apart, and watches follow the new one.
+//! While a store fails and live delivery goes on, events that nothing numbered are handed over as they come, ahead of what waits to be
+//! read.
 //!
 //! # A store of one's own
 //!

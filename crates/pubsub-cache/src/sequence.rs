@@ -50,25 +50,27 @@ pub(crate) struct Sequence {
     ready: VecDeque<Ready>,
     /// Lost, and not told yet.
     lost: u64,
-    /// What the bus has said to have dropped, some of which the log may have.
-    dropped: u64,
-    /// The index that would be next on the bus.
-    next_live: u64,
-    /// How many below that have not come, and were not accounted for as dropped.
-    left_out: u64,
+    dropped: Dropped,
     /// What could not be read, and may come late.
     missing: BTreeSet<u64>,
     strangers: Strangers,
     /// What was read from the log last. Who published it may not know that it was kept, and send it without an index later.
     read: VecDeque<EventId>,
-    /// Whether the events of another store have been seen.
-    pub(crate) foreign: bool,
+    /// A store whose numbers have been seen and that the log is not known to be another's than.
+    suspected: Option<u32>,
+    /// A store whose numbers have been seen and that is not the log's.
+    foreign: Option<u32>,
 }
 
 impl Sequence {
-    /// From this index of a log on; what lies below `target` is to be read. Without a generation there is no log yet.
+    /// From this index of a log on; what lies below `target`, the log's end, is to be read. Without a generation there is no log yet.
     pub(crate) fn starting(generation: Option<Generation>, next: u64, target: u64) -> Self {
-        Self { generation, next, target, next_live: target, ..Self::default() }
+        Self { generation, next, target, dropped: Dropped::from(target), ..Self::default() }
+    }
+
+    /// So many events before the log's end may have come live already, and been dropped.
+    pub(crate) fn allow_for_dropped(&mut self, count: u64) {
+        self.dropped.left_out += count;
     }
 
     /// From wherever the bus is, with no log to be seen.
@@ -88,12 +90,25 @@ impl Sequence {
     /// What is to be read of the log, if anything is.
     pub(crate) fn wants(&self) -> Option<Wanted> {
         let early = self.early.first_key_value().map_or(0, |(index, _)| *index);
-        (self.next < self.target.max(early)).then_some(Wanted { generation: self.generation, from: self.next })
+        let behind = self.next < self.target.max(early);
+        (behind || self.suspected.is_some()).then_some(Wanted { generation: self.generation, from: self.next })
+    }
+
+    /// Whether publishers are known to number events with another store than the log's.
+    pub(crate) fn has_seen_another_store(&self) -> bool {
+        self.foreign.is_some()
+    }
+
+    /// Numbers of another store: it is another's, or the log's own store was lost and made anew. The log can tell.
+    fn suspect(&mut self, generation: Generation) {
+        if self.foreign != Some(generation.store()) {
+            self.suspected = Some(generation.store());
+        }
     }
 
     /// Nothing more is to be read: the rest is left to whoever resumes. Returns how much of that was in hand.
     pub(crate) fn settle_for_less(&mut self) -> usize {
-        self.target = self.next;
+        (self.target, self.suspected) = (self.next, None);
         mem::take(&mut self.early).len()
     }
 
@@ -113,13 +128,13 @@ impl Sequence {
 
     /// An event came live.
     pub(crate) fn live(&mut self, event: Arc<Event>, attempt: u32, dropped: u64) {
-        self.dropped += dropped;
+        self.dropped.said += dropped;
         let Some(place) = event.index() else { return self.stranger(event, attempt) };
         let (generation, index) = (Generation::from_index(place.generation), place.index);
         match self.generation {
             Some(mine) if mine == generation => {}
             Some(mine) if mine.store() != generation.store() => {
-                self.foreign = true;
+                self.suspect(generation);
                 return self.stranger(event, attempt);
             }
             // Published before the topic was cleared.
@@ -128,20 +143,14 @@ impl Sequence {
             None => {
                 self.enter(generation);
                 if mem::take(&mut self.adrift) {
-                    (self.next, self.target, self.next_live) = (index, index, index);
+                    (self.next, self.target, self.dropped) =
+                        (index, index, Dropped { said: self.dropped.said, ..Dropped::from(index) });
                     // Of those that were numbered before it, some may come behind it.
                     self.missing.extend(index.saturating_sub(REMEMBERED as u64)..index);
                 }
             }
         }
-        // What the bus dropped is accounted for by the indices it left out: those are read, or told to be lost when that fails.
-        match index.checked_sub(self.next_live) {
-            Some(passed_over) => (self.next_live, self.left_out) = (index + 1, self.left_out + passed_over),
-            None => self.left_out = self.left_out.saturating_sub(1), // it was overtaken
-        }
-        let accounted_for = self.dropped.min(self.left_out);
-        self.left_out -= accounted_for;
-        self.lost += mem::take(&mut self.dropped) - accounted_for;
+        self.lost += self.dropped.came(index);
         if index < self.next {
             if attempt > 1 || self.missing.remove(&index) {
                 self.emit(event, attempt, Some((generation, index)));
@@ -168,6 +177,7 @@ impl Sequence {
             self.target = page.next;
             return;
         }
+        self.foreign = self.suspected.take().or(self.foreign);
         if page.floor > self.next {
             let early = self.early.first_key_value().map_or(0, |(index, _)| *index);
             self.lose_up_to(page.floor.min(self.target.max(early)));
@@ -194,6 +204,7 @@ impl Sequence {
 
     /// The log could not be read: on without what it was to give.
     pub(crate) fn skip(&mut self) {
+        self.suspected = None;
         while self.wants().is_some() {
             let end = self.early.first_key_value().map_or(self.target, |(index, _)| *index);
             let room = REMEMBERED.saturating_sub(self.missing.len());
@@ -235,6 +246,7 @@ impl Sequence {
 
     /// An event that nothing numbered passes at once.
     fn stranger(&mut self, event: Arc<Event>, attempt: u32) {
+        self.lost += self.dropped.account();
         if attempt == 1 && self.read.contains(event.id()) {
             return;
         }
@@ -250,9 +262,54 @@ impl Sequence {
     fn enter(&mut self, generation: Generation) {
         self.skip();
         self.generation = Some(generation);
-        (self.next, self.target, self.next_live, self.left_out, self.dropped) = (0, 0, 0, 0, 0);
+        (self.next, self.target, self.dropped) = (0, 0, Dropped::default());
+        (self.suspected, self.foreign) = (None, None);
         self.early.clear();
         self.missing.clear();
+    }
+}
+
+/// What the bus says to have dropped. The log may have it: as many as there are indices that did not come live.
+///
+/// It says how many, not which. Publishers overtake each other, so that up to [`EARLY`] of what nothing accounts for is taken to be
+/// on its way, or to have been when this began: what is told to be lost is lost, and of events without an index so many go untold.
+#[derive(Debug)]
+struct Dropped {
+    /// Said to be dropped, and not accounted for.
+    said: u64,
+    /// The index from which on it counts.
+    base: u64,
+    /// The index that would be next on the bus.
+    next: u64,
+    /// How many from the base up to that did not come, and account for nothing yet.
+    left_out: u64,
+}
+
+impl Dropped {
+    fn from(base: u64) -> Self {
+        Self { said: 0, base, next: base, left_out: EARLY as u64 }
+    }
+
+    /// An event came live. Returns how many nothing accounts for.
+    fn came(&mut self, index: u64) -> u64 {
+        match index.checked_sub(self.next) {
+            Some(passed_over) => (self.next, self.left_out) = (index + 1, self.left_out + passed_over),
+            None if index >= self.base => self.left_out = self.left_out.saturating_sub(1), // it was overtaken
+            None => {}
+        }
+        self.account()
+    }
+
+    fn account(&mut self) -> u64 {
+        let accounted_for = self.said.min(self.left_out);
+        self.left_out -= accounted_for;
+        mem::take(&mut self.said) - accounted_for
+    }
+}
+
+impl Default for Dropped {
+    fn default() -> Self {
+        Self::from(0)
     }
 }
 

@@ -341,7 +341,7 @@ impl Watch {
     }
 
     fn poll_log(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        // Live events are taken meanwhile: a long replay makes no publisher wait.
+        // Live events are taken meanwhile: a long replay of a consumer that keeps up makes no publisher wait.
         while self.sequence.len() < PAGE {
             match self.poll_live(cx) {
                 Poll::Ready(Some(Ok(()))) => {}
@@ -377,7 +377,7 @@ impl Watch {
         match ready!(self.inner.poll_delivery(cx, AckMode::Auto)) {
             Some(Ok(delivery)) => {
                 self.sequence.live(delivery.event().clone(), delivery.attempt(), delivery.lagged());
-                if self.sequence.foreign && !std::mem::replace(&mut self.complained, true) {
+                if self.sequence.has_seen_another_store() && !std::mem::replace(&mut self.complained, true) {
                     tracing::warn!(
                         topic = %self.log.topic,
                         "events come numbered by another store: to be resumed from, publishers and listeners must share one"

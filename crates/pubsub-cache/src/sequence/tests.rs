@@ -119,21 +119,27 @@ fn what_the_bus_drops_is_no_loss_if_the_log_has_it() {
     let log = Log::new(FIRST, 20);
     let mut sequence = Sequence::starting(Some(FIRST), 0, 0);
     sequence.live(log.events[0].clone(), 1, 0);
-    sequence.live(log.events[15].clone(), 1, 17); // three of them had no index
+    // 14 of them are in the log, and of three it is sure that they had no index.
+    sequence.live(log.events[15].clone(), 1, 14 + EARLY as u64 + 3);
     log.feed(&mut sequence, 100);
     assert_eq!(drain(&mut sequence), ((0..20).collect(), 3));
+    sequence.live(Arc::new(Event::new("stranger")), 1, 5);
+    assert_eq!(drain(&mut sequence).1, 5);
 }
 
 #[test]
-fn what_the_bus_drops_behind_what_overtook_it_is_no_loss_either() {
-    let log = Log::new(FIRST, 9);
-    let mut sequence = Sequence::starting(Some(FIRST), 0, 0);
-    // 2 and 3 overtook 0 and 1, of which 1 was dropped.
-    for (index, dropped) in [(2, 0), (3, 0), (0, 0), (4, 1), (5, 1)] {
-        sequence.live(log.events[index].clone(), 1, dropped);
+fn what_was_overtaken_and_dropped_is_no_loss_either() {
+    let log = Log::new(FIRST, 1000);
+    let mut sequence = Sequence::starting(Some(FIRST), 10, 10);
+    // What was numbered before it began, and what overtook the rest, were dropped.
+    sequence.allow_for_dropped(9);
+    sequence.live(log.events[9].clone(), 1, 9);
+    for round in (10..1000).step_by(3) {
+        sequence.live(log.events[round].clone(), 1, 1);
+        sequence.live(log.events[round + 1].clone(), 1, 0);
+        log.feed(&mut sequence, 100);
     }
-    log.feed(&mut sequence, 100);
-    assert_eq!(drain(&mut sequence), ((0..9).collect(), 1), "the last that was dropped had no index");
+    assert_eq!(drain(&mut sequence), ((10..1000).collect(), 0));
 }
 
 #[test]
@@ -150,10 +156,24 @@ fn events_without_an_index_pass_and_are_not_repeated_from_the_log() {
 
 #[test]
 fn numbers_of_another_store_pass_as_none() {
+    let (log, other) = (Log::new(FIRST, 3), Generation::new(8, 0));
     let mut sequence = Sequence::starting(Some(FIRST), 3, 3);
-    sequence.live(event(Generation::new(8, 0), 77), 1, 0);
-    assert!(sequence.foreign && sequence.wants().is_none());
-    assert_eq!(drain(&mut sequence), (vec![u64::MAX], 0));
+    sequence.live(event(other, 77), 1, 0);
+    log.feed(&mut sequence, 9);
+    sequence.live(event(other, 78), 1, 0);
+    assert!(sequence.has_seen_another_store() && sequence.wants().is_none(), "the log was asked once");
+    assert_eq!(drain(&mut sequence), (vec![u64::MAX; 2], 0));
+}
+
+#[test]
+fn a_store_that_was_lost_and_made_anew_is_followed() {
+    let (old, new) = (Log::new(generation(3), 9), Log::new(Generation::new(8, 0), 3));
+    let mut sequence = Sequence::starting(Some(old.generation), 9, 9);
+    sequence.live(new.events[1].clone(), 1, 0);
+    new.feed(&mut sequence, 9);
+    let rest: Vec<_> = std::iter::from_fn(|| sequence.pop()).map(|ready| ready.event.event_type().to_owned()).collect();
+    assert_eq!(rest, ["1", "0", "2"], "the one that told came first, and once");
+    assert!(!sequence.has_seen_another_store());
 }
 
 #[test]

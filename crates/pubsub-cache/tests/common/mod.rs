@@ -1,6 +1,8 @@
 //! A store that fails by a schedule, a bus that records what reaches it and fails by a schedule, and waits that end.
 #![allow(dead_code)] // no test binary uses all of it
 
+pub(crate) mod world;
+
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, pending};
 use std::sync::Arc;
