@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_lease_and_its_token_share_a_slot() {
-        for prefix in ["mastra:topic", "{app}:x", "a{b", "a{}{x}"] {
+        for prefix in ["mastra:topic", "{app}:x", "a{b"] {
             for key in ["run-1", "a}b", "{tag}", "a{b}c}", "}{", "%7D"] {
                 let (lease, token) = Keys::new(prefix).lease(key);
                 assert_eq!(hashed(&lease), hashed(&token), "{prefix} {key}");
