@@ -398,7 +398,7 @@ impl Desk {
             };
             let options = state.members.get(&number).map(|member| member.options.clone());
             state.asking.remove(&number);
-            state.adapt(now, ahead.since, self.node.options().linger, self.capacity());
+            state.adapt(now, ahead.since, self.node.options().linger);
             (ahead, options, !state.in_read && state.wants(self.local().room()).is_some())
         };
         if ring {
@@ -439,12 +439,6 @@ impl Desk {
         // Its own queue looks after how long it is held.
         let token = self.hold(Held::Local { delivery, member: number }, Instant::now() + FAR);
         Delivery::held(event, attempt, self.clone(), token).after_losing(lagged)
-    }
-
-    /// The most that is ever read ahead.
-    fn capacity(&self) -> usize {
-        let state = self.state.lock();
-        state.present().map(|member| member.options.prefetch).max().unwrap_or(1)
     }
 
     fn hold(&self, held: Held, until: Instant) -> u64 {
@@ -831,8 +825,9 @@ impl State {
     }
 
     /// Reads more ahead if all was taken at once, and less if it had to wait.
-    fn adapt(&mut self, now: Instant, since: Instant, linger: Duration, capacity: usize) {
+    fn adapt(&mut self, now: Instant, since: Instant, linger: Duration) {
         self.progress = Some(now);
+        let capacity = self.present().map(|member| member.options.prefetch).max().unwrap_or(1);
         if now - since > linger {
             self.most_ahead = (self.most_ahead / 2).max(1);
         } else if self.ahead.is_empty() {

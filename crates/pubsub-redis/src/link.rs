@@ -139,7 +139,9 @@ impl Link {
         let opening = Opening(Some(client));
         let connected = tokio::time::timeout(patience, opening.client().init()).await;
         let task = connected.map_err(|_| Fault::Unknown("no connection within command_timeout".into()))??;
-        Ok(Self { client: opening.done(), task, reconnects })
+        let link = Self { client: opening.done(), task, reconnects };
+        link.reconnected(); // the first time does not count
+        Ok(link)
     }
 
     /// Sends a command and waits for its answer.
