@@ -406,6 +406,7 @@ impl Attachment {
         if !self.follower.ended.swap(true, Ordering::AcqRel) {
             self.follower.inner.stop();
             self.channel.unfollow(&self.follower);
+            self.node.reader().leave();
             self.node.tidy(&self.channel);
         }
     }

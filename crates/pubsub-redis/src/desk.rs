@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pubsub_core::machinery::{self, DeliveryQueue, Due, InFlight, RetryQueue};
+use pubsub_core::machinery::{self, DeliveryQueue, Due, InFlight, RetryQueue, SettleQueue};
 use pubsub_core::{
     AckMode, Delivery, Error, Event, Receipt, Settled, Settlement, SubscribeOptions, SubscriptionStatus, Topic, dead_letter,
 };
@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use crate::channel::Channel;
 use crate::entry::{Content, Entry, EntryId};
 use crate::groups::GroupReader;
-use crate::node::Node;
+use crate::node::{Letters, Node};
 use crate::settle::{Answer, Notice, Place, What};
 
 pub(crate) struct Desk {
@@ -251,9 +251,15 @@ impl Desk {
         self.state.lock().present().count() as u64
     }
 
-    /// What was read ahead, uncounted by anybody yet.
+    /// What was read ahead.
     pub(crate) fn ahead(&self) -> u64 {
         self.state.lock().ahead.len() as u64
+    }
+
+    /// What this instance has taken and nobody holds.
+    pub(crate) fn unheld(&self) -> u64 {
+        let state = self.state.lock();
+        (state.ahead.len() + state.postponed.len()) as u64
     }
 
     // Reading.
@@ -568,24 +574,10 @@ impl Desk {
 
     /// Acknowledges what was given up, once its letter, if there is one, is confirmed.
     fn bury(&self, id: EntryId, count: u64, letter: Option<(Topic, Event)>, inner: Option<Delivery>) -> Receipt {
-        let Some(me) = self.me.upgrade() else { return Receipt::ready(Settled::Unconfirmed) };
-        let (answer, receipt) = Receipt::pending();
-        self.node.timer().runtime().spawn(async move {
-            let buried = match letter {
-                Some((to, letter)) => me.node.letters().bury(to, letter).await,
-                None => true,
-            };
-            // Without its letter it stays pending: others will give it up again.
-            let settled = match buried {
-                true => me.record(id, count, What::Done { held_until: Instant::now() }).await,
-                false => Settled::Unconfirmed,
-            };
-            me.state.lock().dying.remove(&id);
-            drop(inner.map(Delivery::done));
-            me.farewell();
-            let _ = answer.send(settled); // nobody may be waiting
-        });
-        receipt
+        match self.me.upgrade() {
+            Some(desk) => self.node.burials().record(Burial { desk, id, count, letter, inner }),
+            None => Receipt::ready(Settled::Unconfirmed), // it is being dropped: nobody holds anything of it
+        }
     }
 
     /// A delivery comes back after a back-off, or is given up if it was tried often enough.
@@ -790,6 +782,45 @@ impl Desk {
         self.node.timer().call_at(when, me);
     }
 }
+
+/// Something that was given up, on its way to where dead letters are kept and then out of its group.
+pub(crate) struct Burial {
+    desk: Arc<Desk>,
+    id: EntryId,
+    count: u64,
+    letter: Option<(Topic, Event)>,
+    /// Its delivery in the local queue, which counts as held until it is buried.
+    inner: Option<Delivery>,
+}
+
+/// Buries what is given up, until the future is dropped.
+pub(crate) async fn bury_all(burials: SettleQueue<Burial>, letters: Letters) {
+    loop {
+        let batch = burials.next_batch(BURIED_TOGETHER).await;
+        let burying = batch.into_iter().map(|mut open| async {
+            let letter = open.what_mut().letter.take();
+            let buried = match letter {
+                Some((to, letter)) => letters.clone().bury(to, letter).await,
+                None => true,
+            };
+            let Burial { desk, id, count, .. } = open.what();
+            // Without its letter it stays pending: others will give it up again.
+            let settled = match buried {
+                true => desk.record(*id, *count, What::Done { held_until: Instant::now() }).await,
+                false => Settled::Unconfirmed,
+            };
+            desk.state.lock().dying.remove(id);
+            let desk = desk.clone();
+            drop(open.what_mut().inner.take().map(Delivery::done));
+            open.answer(settled);
+            desk.farewell();
+        });
+        futures::future::join_all(burying).await;
+    }
+}
+
+/// How many dead letters are on their way at a time.
+const BURIED_TOGETHER: usize = 100;
 
 /// Beyond any deadline that matters.
 const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);

@@ -1,7 +1,7 @@
 //! The one reader that follows the ends of all topics an instance has fan-out subscriptions on.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -16,24 +16,36 @@ use crate::link::Cmd;
 use crate::look::look;
 use crate::node::Node;
 use crate::pause::Pause;
-use crate::reader::{BLOCK, Blocking};
+use crate::reader::{BLOCK, Blocking, Door, IDLE};
 use crate::reply;
 
 /// What the reader's task shares with those who want something read.
 #[derive(Default)]
 pub(crate) struct FanOut {
     channels: Mutex<HashMap<Arc<str>, Arc<Channel>>>,
+    /// How many subscriptions there are, whether or not they go with the reader just now.
+    followers: AtomicUsize,
     bell: Notify,
     stop: AtomicBool,
     task: Mutex<Option<JoinHandle<()>>>,
+    pub(crate) door: Door,
 }
 
 impl FanOut {
-    /// Starts the reader, unless it runs.
-    pub(crate) fn start(self: &Arc<Self>, node: &Arc<Node>) {
+    /// There is one more subscription: the reader keeps its connection, and is started unless it runs.
+    pub(crate) fn enter(self: &Arc<Self>, node: &Arc<Node>) {
+        self.followers.fetch_add(1, Ordering::SeqCst);
+        self.bell.notify_one();
         let mut task = self.task.lock();
         if task.is_none() && !self.stop.load(Ordering::Acquire) {
             *task = Some(tokio::spawn(self.clone().run(Arc::downgrade(node))));
+        }
+    }
+
+    /// There is one less.
+    pub(crate) fn leave(&self) {
+        if self.followers.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.bell.notify_one();
         }
     }
 
@@ -66,23 +78,40 @@ impl FanOut {
     }
 
     async fn run(self: Arc<Self>, node: Weak<Node>) {
-        let (mut connection, mut pause) = (None, Pause::new());
+        let (mut connection, mut pause) = (None::<Blocking>, Pause::new());
         while !self.stop.load(Ordering::Acquire) {
-            let wanted = self.wanted();
-            if wanted.is_empty() {
-                self.bell.notified().await;
-                continue;
-            }
+            let (wanted, idle) = (self.wanted(), self.followers.load(Ordering::SeqCst) == 0);
             let outcome = match &mut connection {
-                Some(blocking) => self.read(blocking, &wanted, &node).await,
+                None if idle => {
+                    self.bell.notified().await;
+                    continue;
+                }
                 None => match open(&node).await {
                     Some(Ok(opened)) => {
                         connection = Some(opened);
+                        self.door.open();
                         continue;
                     }
-                    Some(Err(fault)) => Err(fault),
+                    Some(Err(fault)) => {
+                        self.door.failed(&fault);
+                        Err(fault)
+                    }
                     None => break,
                 },
+                Some(_) if idle => {
+                    if tokio::time::timeout(IDLE, self.bell.notified()).await.is_err()
+                        && let Some(blocking) = connection.take()
+                    {
+                        self.door.close();
+                        blocking.close().await;
+                    }
+                    continue;
+                }
+                Some(_) if wanted.is_empty() => {
+                    self.bell.notified().await;
+                    continue;
+                }
+                Some(blocking) => self.read(blocking, &wanted, &node).await,
             };
             match outcome {
                 Ok(()) => pause = Pause::new(),

@@ -22,7 +22,7 @@ use crate::look::look;
 use crate::node::Node;
 use crate::pause::Pause;
 use crate::publish::millis;
-use crate::reader::{BLOCK, Blocking};
+use crate::reader::{BLOCK, Blocking, Door, IDLE};
 use crate::reply;
 use crate::settle::Place;
 
@@ -41,16 +41,23 @@ pub(crate) struct GroupReader {
     bell: Notify,
     stop: AtomicBool,
     task: Mutex<Option<JoinHandle<()>>>,
+    pub(crate) door: Door,
 }
 
 impl GroupReader {
     pub(crate) fn new(group: Group) -> Arc<Self> {
         let (desks, bell, stop, task) = (Mutex::default(), Notify::new(), AtomicBool::new(false), Mutex::default());
-        Arc::new(Self { group, desks, bell, stop, task })
+        Arc::new(Self { group, desks, bell, stop, task, door: Door::default() })
     }
 
+    /// A group has one more member.
     pub(crate) fn add(self: &Arc<Self>, desk: &Arc<Desk>) {
-        self.desks.lock().push(Arc::downgrade(desk));
+        {
+            let mut desks = self.desks.lock();
+            if !desks.iter().any(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(desk))) {
+                desks.push(Arc::downgrade(desk));
+            }
+        }
         let mut task = self.task.lock();
         if task.is_none() && !self.stop.load(Ordering::Acquire) {
             *task = Some(tokio::spawn(self.clone().run(Arc::downgrade(&desk.node))));
@@ -77,15 +84,32 @@ impl GroupReader {
     }
 
     async fn run(self: Arc<Self>, node: Weak<Node>) {
-        let (mut connection, mut pause) = (None, Pause::new());
+        let (mut connection, mut pause) = (None::<Blocking>, Pause::new());
         while !self.stop.load(Ordering::Acquire) {
-            let wanted: Vec<_> = self.desks().into_iter().filter_map(|desk| Some((desk.wants()?, desk))).collect();
-            if wanted.is_empty() {
-                drop(wanted);
-                self.bell.notified().await;
-                continue;
-            }
+            let desks = self.desks();
+            let idle = !desks.iter().any(|desk| desk.members() > 0);
+            let wanted: Vec<_> = desks.into_iter().filter_map(|desk| Some((desk.wants()?, desk))).collect();
             let outcome = match &mut connection {
+                None if idle => {
+                    drop(wanted);
+                    self.bell.notified().await;
+                    continue;
+                }
+                Some(_) if idle => {
+                    drop(wanted);
+                    if tokio::time::timeout(IDLE, self.bell.notified()).await.is_err()
+                        && let Some(blocking) = connection.take()
+                    {
+                        self.door.close();
+                        blocking.close().await;
+                    }
+                    continue;
+                }
+                Some(_) if wanted.is_empty() => {
+                    drop(wanted);
+                    self.bell.notified().await;
+                    continue;
+                }
                 Some(blocking) => self.read(blocking, &wanted).await,
                 None => {
                     let Some((options, main)) = node.upgrade().map(|node| (node.options().clone(), node.link().clone())) else {
@@ -94,9 +118,13 @@ impl GroupReader {
                     match Blocking::open(&options, main).await {
                         Ok(opened) => {
                             connection = Some(opened);
+                            self.door.open();
                             continue;
                         }
-                        Err(fault) => Err(fault),
+                        Err(fault) => {
+                            self.door.failed(&fault);
+                            Err(fault)
+                        }
                     }
                 }
             };
@@ -251,6 +279,7 @@ impl Membership {
                 self.released.store(ahead, Ordering::Release);
             }
             self.inner.stop();
+            self.desk.reader().ring();
             self.desk.node.tidy(&self.desk.channel);
         }
     }

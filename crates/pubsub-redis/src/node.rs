@@ -7,7 +7,6 @@ use std::sync::{Arc, LazyLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use fred::clients::Client;
 use fred::interfaces::{ClientLike, EventInterface};
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -20,14 +19,14 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::RedisBuilder;
 use crate::channel::{Attachment, Channel};
-use crate::desk::Desk;
+use crate::desk::{Burial, Desk, bury_all};
 use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::fan_out::FanOut;
 use crate::groups::{GroupReader, Membership};
 use crate::keeper::{self, Keeper};
 use crate::keys::{Keys, NOBODY};
-use crate::link::{Link, Script};
+use crate::link::{Cmd, Link, Script};
 use crate::pause::Pause;
 use crate::publish::Writer;
 use crate::reply;
@@ -51,6 +50,7 @@ pub(crate) struct Node {
     link: Arc<Link>,
     writer: Writer,
     notices: SettleQueue<Notice>,
+    burials: SettleQueue<Burial>,
     timer: Arc<Timer>,
     consumer: Arc<str>,
     keeper: Arc<Keeper>,
@@ -84,21 +84,27 @@ impl Node {
         }
         let id = link.id().await?;
         let writer = Writer::start(link.clone(), id, &options);
-        let (notices, status) = (SettleQueue::new(), watch::Sender::new(Status::Connected));
+        let (notices, burials) = (SettleQueue::new(), SettleQueue::new());
+        let status = watch::Sender::new(Status::Connected);
+        let keys = Keys::new(&options.prefix);
+        let letters =
+            Letters { writer: writer.clone(), keys: keys.clone(), within: options.publish_timeout, status: status.subscribe() };
         let consumer: Arc<str> = format!("rust-{:032x}", fastrand::u128(..)).into();
         let settler = Settler { link: link.clone(), consumer: consumer.clone(), reclaim: options.reclaim_after };
         let keeper = Arc::new(Keeper::default());
         let tasks = vec![
             tokio::spawn(settler.clone().run(notices.clone())).abort_handle(),
             tokio::spawn(keeper.clone().run(settler)).abort_handle(),
-            tokio::spawn(watch_status(link.client().clone(), status.clone())).abort_handle(),
+            tokio::spawn(bury_all(burials.clone(), letters)).abort_handle(),
+            tokio::spawn(watch_status(link.clone(), status.clone(), options.command_timeout)).abort_handle(),
         ];
         Ok(Arc::new(Self {
-            keys: Keys::new(&options.prefix),
+            keys,
             options,
             link,
             writer,
             notices,
+            burials,
             timer,
             consumer,
             keeper,
@@ -127,6 +133,10 @@ impl Node {
 
     pub(crate) fn notices(&self) -> &SettleQueue<Notice> {
         &self.notices
+    }
+
+    pub(crate) fn burials(&self) -> &SettleQueue<Burial> {
+        &self.burials
     }
 
     pub(crate) fn timer(&self) -> &Arc<Timer> {
@@ -277,6 +287,7 @@ impl Node {
         }
         let places: Vec<_> = desks.iter().map(|desk| desk.place.clone()).collect();
         let last_words = async {
+            self.burials.flush().await;
             self.notices.flush().await;
             let leaving = places.iter().map(|place| async { drop(keeper::leave(&self.link, place, &[&self.consumer, NOBODY]).await) });
             futures::future::join_all(leaving).await;
@@ -286,6 +297,8 @@ impl Node {
         let readers = self.stop_readers();
         let tasks = std::mem::take(&mut *self.tasks.lock());
         wind_up(self.link.clone(), readers, tasks, until).await;
+        // What was not buried refers to this instance, and stays pending.
+        drop(self.burials.next_batch(usize::MAX).now_or_never());
         closed
     }
 
@@ -440,8 +453,9 @@ impl DeadLetterSink for Sink {
     }
 }
 
-/// Tells what fred notices of its connection.
-async fn watch_status(client: Client, status: watch::Sender<Status>) {
+/// Tells what fred notices of its connection, and makes it notice one that is silent.
+async fn watch_status(link: Arc<Link>, status: watch::Sender<Status>, patience: Duration) {
+    let client = link.client();
     let (mut errors, mut reconnects) = (client.error_rx(), client.reconnect_rx());
     let tell = |now: Status| {
         status.send_if_modified(|status| {
@@ -470,6 +484,14 @@ async fn watch_status(client: Client, status: watch::Sender<Status>) {
             _ = reconnects.recv() => {
                 tracing::info!("the connection is there again");
                 tell(Status::Connected);
+            }
+            () = tokio::time::sleep(patience), if !reconnecting => {
+                // One that is not answered in time makes fred give the connection up.
+                if let Err(fault) = link.call(Cmd::new("PING")).await
+                    && fault.is_unknown()
+                {
+                    tell(Status::Reconnecting { since: SystemTime::now() });
+                }
             }
             // An error that broke nothing has no reconnect behind it.
             () = tokio::time::sleep(Duration::from_millis(100)), if reconnecting && client.is_connected() => {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fred::types::Value;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout_at};
 
 use crate::RedisBuilder;
 use crate::errors::Fault;
@@ -21,6 +22,56 @@ const INTERRUPT_AGAIN: Duration = Duration::from_millis(2);
 
 /// How long saying goodbye may take.
 const GOODBYE: Duration = Duration::from_millis(200);
+
+/// How long a reader keeps its connection when nobody is left to read for.
+pub(crate) const IDLE: Duration = Duration::from_millis(500);
+
+/// Whether a reader has its connection, for those who wait for it.
+#[derive(Debug)]
+pub(crate) struct Door(watch::Sender<Connection>);
+
+#[derive(Debug, Clone)]
+enum Connection {
+    None,
+    Open,
+    /// It cannot be opened, and will not be without something being changed.
+    Refused(Fault),
+}
+
+impl Default for Door {
+    fn default() -> Self {
+        Self(watch::Sender::new(Connection::None))
+    }
+}
+
+impl Door {
+    pub(crate) fn open(&self) {
+        self.0.send_replace(Connection::Open);
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.send_replace(Connection::None);
+    }
+
+    pub(crate) fn failed(&self, fault: &Fault) {
+        if !fault.is_temporary() {
+            self.0.send_replace(Connection::Refused(fault.clone()));
+        }
+    }
+
+    /// Waits until the reader has its connection.
+    pub(crate) async fn opened(&self, until: Instant) -> Result<(), Fault> {
+        let mut connection = self.0.subscribe();
+        let settled = connection.wait_for(|connection| !matches!(connection, Connection::None));
+        match timeout_at(until, settled).await {
+            Ok(Ok(connection)) => match &*connection {
+                Connection::Refused(fault) => Err(fault.clone()),
+                _ => Ok(()),
+            },
+            _ => Err(Fault::Unknown("no connection to read from within command_timeout".into())),
+        }
+    }
+}
 
 pub(crate) struct Blocking {
     link: Link,

@@ -83,12 +83,12 @@ impl RedisStreamsPubSub {
                 Ok(Err(fault)) => fault,
                 Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
             };
+            self.check_open(operation, topic)?;
             let again = Instant::now() + pause.next();
             if !fault.is_temporary() || again >= until {
                 return Err(Error::from(fault).during(operation).on(topic));
             }
             tokio::time::sleep_until(again).await;
-            self.check_open(operation, topic)?;
         }
     }
 
@@ -129,15 +129,18 @@ impl RedisStreamsPubSub {
             let attachment = Attachment::new(follower.clone(), channel.clone(), node.clone());
             attached.add_follower(&attachment);
             let live = channel.follow(&follower, at, &looked);
+            node.reader().enter(node);
             (attachment, inner.into_source(), channel.clone(), follower, live)
         })?;
         let source = FollowerSource { inner: source, attachment: attachment.clone() };
-        node.reader().start(node);
         if live {
             node.reader().want(&channel);
         } else {
             channel.catch_up(follower, node);
         }
+        // Dropped here, or failing, it is detached with its source.
+        node.reader().door.opened(Instant::now() + node.options().command_timeout).await?;
+        self.check_open("subscribe", topic)?;
         Ok(Subscription::new(topic.clone(), options, Box::new(source), attachment))
     }
 
@@ -186,6 +189,7 @@ impl RedisStreamsPubSub {
             }
         };
         self.ask("subscribe", topic, known).await?;
+        desk.reader().door.opened(Instant::now() + node.options().command_timeout).await?;
         self.check_open("subscribe", topic)?;
         Ok(Subscription::new(topic.clone(), options, Box::new(source), membership))
     }
@@ -342,7 +346,7 @@ impl PubSub for RedisStreamsPubSub {
         status.fan_out = Some(node.channel(topic).map_or(0, |channel| channel.followers() as u64));
         for group in groups {
             let desk = node.attached.lock().desk(topic, &group.name);
-            let (ahead, members) = desk.map_or((0, 0), |desk| (desk.ahead(), desk.members()));
+            let (ahead, members) = desk.map_or((0, 0), |desk| (desk.unheld(), desk.members()));
             let others = group.consumers.iter().filter(|consumer| ***consumer != **node.consumer()).count() as u64;
             let mut of_group = GroupStatus::new(group.name);
             of_group.waiting = group.unread.map(|unread| unread + group.free + ahead);
@@ -361,6 +365,7 @@ impl PubSub for RedisStreamsPubSub {
     async fn flush(&self) -> Result<()> {
         if !self.0.is_closed() {
             self.0.writer().flush().await;
+            self.0.burials().flush().await;
             self.0.notices().flush().await;
         }
         Ok(())

@@ -6,6 +6,7 @@ mod server;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::Duration;
 
@@ -25,9 +26,14 @@ const RECLAIM: Duration = Duration::from_millis(1200);
 
 static INSTALLED: LazyLock<bool> = LazyLock::new(server::is_installed);
 
-/// The bus over Redis Streams. Each fresh one has a server of its own, started when it is first asked for.
+/// The bus over Redis Streams. Those made of the first have a server each, started when it is first asked for; those made of them share
+/// it under other prefixes.
 #[derive(Default)]
-pub struct RedisHarness(OnceLock<Running>);
+pub struct RedisHarness {
+    running: Arc<OnceLock<Running>>,
+    /// Which bus on its server it is; none for the first.
+    number: Option<u64>,
+}
 
 struct Running {
     server: Server,
@@ -39,23 +45,31 @@ fn failed(error: io::Error) -> Error {
 }
 
 /// How instances are configured.
-fn builder(url: &str) -> Result<RedisBuilder> {
-    let builder = RedisStreamsPubSub::builder(url)?.reclaim_after(RECLAIM).linger(Duration::from_millis(50));
+fn builder(url: &str, prefix: &str) -> Result<RedisBuilder> {
+    let builder = RedisStreamsPubSub::builder(url)?.prefix(prefix).reclaim_after(RECLAIM).linger(Duration::from_millis(50));
     Ok(builder.command_timeout(Duration::from_secs(3)).publish_timeout(Duration::from_secs(3)))
 }
 
 impl RedisHarness {
     fn running(&self) -> Result<&Running> {
-        if let Some(running) = self.0.get() {
+        if let Some(running) = self.running.get() {
             return Ok(running);
         }
         let server = Server::start().map_err(failed)?;
         let proxy = Proxy::start(server.address).map_err(failed)?;
-        Ok(self.0.get_or_init(|| Running { server, proxy }))
+        Ok(self.running.get_or_init(|| Running { server, proxy }))
     }
 
     fn ask(&self, words: &[&str]) -> Result<Answer> {
         self.running()?.server.ask(words).map_err(failed)
+    }
+
+    fn prefix(&self) -> String {
+        format!("bus{}", self.number.unwrap_or(0))
+    }
+
+    fn stream(&self, topic: &Topic) -> String {
+        format!("{}:{topic}", self.prefix())
     }
 
     fn url(&self) -> Result<String> {
@@ -63,9 +77,6 @@ impl RedisHarness {
     }
 }
 
-fn stream(topic: &Topic) -> String {
-    format!("mastra:topic:{topic}")
-}
 
 #[async_trait]
 impl Harness for RedisHarness {
@@ -92,11 +103,13 @@ impl Harness for RedisHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self::default()))
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let running = if self.number.is_some() { self.running.clone() } else { Arc::default() };
+        Ok(Arc::new(Self { running, number: Some(NEXT.fetch_add(1, Ordering::Relaxed)) }))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
-        Ok(Arc::new(builder(&self.url()?)?.connect().await?))
+        Ok(Arc::new(builder(&self.url()?, &self.prefix())?.connect().await?))
     }
 
     fn timing(&self) -> Timing {
@@ -130,11 +143,11 @@ impl Harness for RedisHarness {
 #[async_trait]
 impl Probe for RedisHarness {
     async fn stored(&self, topic: &Topic) -> Result<u64> {
-        Ok(self.ask(&["XLEN", &stream(topic)])?.number())
+        Ok(self.ask(&["XLEN", &self.stream(topic)])?.number())
     }
 
     async fn pending(&self, topic: &Topic, group: &Group) -> Result<u64> {
-        let pending = self.ask(&["XPENDING", &stream(topic), group.as_str()])?;
+        let pending = self.ask(&["XPENDING", &self.stream(topic), group.as_str()])?;
         Ok(pending.list().first().map_or(0, Answer::number))
     }
 
@@ -174,7 +187,7 @@ impl Faults for RedisHarness {
 #[async_trait]
 impl Raw for RedisHarness {
     async fn inject(&self, topic: &Topic, bytes: &[u8]) -> Result<()> {
-        let stream = stream(topic);
+        let stream = self.stream(topic);
         let words: [&[u8]; 5] = [b"XADD", stream.as_bytes(), b"*", b"event", bytes];
         self.running()?.server.ask(&words).map(drop).map_err(failed)
     }
@@ -183,6 +196,6 @@ impl Raw for RedisHarness {
 #[async_trait]
 impl Processes for RedisHarness {
     async fn start(&self, job: Job) -> Result<Box<dyn Process>> {
-        process::start(self.url()?, &job).await
+        process::start(self.url()?, self.prefix(), &job).await
     }
 }

@@ -37,10 +37,10 @@ enum Never {}
 
 async fn work(job: &str) -> Result<Never> {
     let words: Vec<&str> = job.split('|').collect();
-    let [url, what, topic, group, count] = words[..] else {
+    let [url, prefix, what, topic, group, count] = words[..] else {
         return Err(failed(io::Error::other("a job that is not understood")));
     };
-    let (bus, topic) = (builder(url)?.connect().await?, Topic::new(topic)?);
+    let (bus, topic) = (builder(url, prefix)?.connect().await?, Topic::new(topic)?);
     let count: usize = count.parse().map_err(|error| failed(io::Error::other(error)))?;
     let (mut held, mut member) = (Vec::new(), None);
     if what == "publish" {
@@ -62,10 +62,10 @@ async fn work(job: &str) -> Result<Never> {
 
 struct Other(Child);
 
-pub(super) async fn start(url: String, job: &Job) -> Result<Box<dyn Process>> {
+pub(super) async fn start(url: String, prefix: String, job: &Job) -> Result<Box<dyn Process>> {
     let job = match job {
-        Job::Publish { topic, count } => format!("{url}|publish|{topic}||{count}"),
-        Job::Hold { topic, group, count } => format!("{url}|hold|{topic}|{group}|{count}"),
+        Job::Publish { topic, count } => format!("{url}|{prefix}|publish|{topic}||{count}"),
+        Job::Hold { topic, group, count } => format!("{url}|{prefix}|hold|{topic}|{group}|{count}"),
     };
     let starting = tokio::task::spawn_blocking(move || {
         let mut command = Command::new(std::env::current_exe()?);

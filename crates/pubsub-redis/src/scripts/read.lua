@@ -10,7 +10,12 @@ if info['max-deleted-entry-id'] == '0-0' then
     local of = {}
     for i = 1, #one, 2 do of[one[i]] = one[i + 1] end
     if of['name'] == group and of['entries-read'] then
-      lost = math.max(0, info['entries-added'] - info['length'] - of['entries-read'])
+      local trimmed = info['entries-added'] - info['length']
+      lost = math.max(0, trimmed - of['entries-read'])
+      if lost > 0 then
+        -- The server counts on from what was read, and would count the loss again and again.
+        redis.call('XGROUP', 'SETID', KEYS[1], group, of['last-delivered-id'], 'ENTRIESREAD', trimmed)
+      end
     end
   end
 end
