@@ -242,8 +242,8 @@ impl Desk {
             let state = self.state.lock();
             state.present().next().is_none() && state.held.is_empty() && state.dying.is_empty()
         };
-        if gone {
-            self.node.say_goodbye(&self.place);
+        if gone && let Some(me) = self.me.upgrade() {
+            self.node.say_goodbye(me);
         }
     }
 
@@ -271,6 +271,11 @@ impl Desk {
         state.in_read = count.is_some();
         let stale = state.last_read.is_none_or(|last| last.elapsed() > self.node.options().linger);
         count.map(|count| (count, state.behind || stale))
+    }
+
+    /// Whether a read that includes this group is under way.
+    pub(crate) fn is_read(&self) -> bool {
+        self.state.lock().in_read
     }
 
     /// The read that included this group is over.

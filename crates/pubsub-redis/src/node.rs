@@ -30,7 +30,7 @@ use crate::link::{Cmd, Link, Script};
 use crate::pause::Pause;
 use crate::publish::Writer;
 use crate::reply;
-use crate::settle::{Notice, Place, Settler};
+use crate::settle::{Notice, Settler};
 
 /// Queues tell instances apart; those here have one.
 pub(crate) const INSTANCE: InstanceId = 0;
@@ -40,7 +40,7 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 const UNHEARD_WORDS: Duration = Duration::from_secs(2);
 
 /// How often, and with which pauses, a consumer is tried to be removed whose last settlements are on their way.
-const GOODBYES: u32 = 5;
+const GOODBYES: u32 = 10;
 
 static INSPECT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/inspect.lua")));
 
@@ -167,6 +167,12 @@ impl Node {
         self.attached.lock().closing.is_some()
     }
 
+    /// Waits for the close.
+    pub(crate) async fn closed(&self) {
+        // The sender is this very node's.
+        let _ = self.status.subscribe().wait_for(|status| matches!(status, Status::Closed)).await;
+    }
+
     /// Where dead letters are sent.
     pub(crate) fn letters(&self) -> Letters {
         let status = self.status.subscribe();
@@ -238,20 +244,22 @@ impl Node {
     }
 
     /// Takes this instance's consumer out of a group it has no part in any more.
-    pub(crate) fn say_goodbye(self: &Arc<Self>, place: &Arc<Place>) {
-        let (node, place) = (self.clone(), place.clone());
+    pub(crate) fn say_goodbye(&self, desk: Arc<Desk>) {
         self.timer.runtime().spawn(async move {
-            let mut pause = Pause::new();
+            let (mut pause, node) = (Pause::new(), &desk.node);
             for _ in 0..GOODBYES {
                 let _ = timeout(UNHEARD_WORDS, node.notices.flush()).await;
-                if node.attached.lock().takes_part(&place) {
+                if desk.members() > 0 || node.is_closed() {
                     return;
                 }
-                match keeper::leave(&node.link, &place, &[&node.consumer, NOBODY]).await {
-                    Ok(0) => {}
-                    Ok(_) => return,
-                    Err(fault) if !fault.is_temporary() => return,
-                    Err(_) => {}
+                // A read that is under way would make the consumer anew.
+                if !desk.is_read() {
+                    match keeper::leave(&node.link, &desk.place, &[&node.consumer, NOBODY]).await {
+                        Ok(0) => {}
+                        Ok(_) => return,
+                        Err(fault) if !fault.is_temporary() => return,
+                        Err(_) => {}
+                    }
                 }
                 tokio::time::sleep(pause.next()).await;
             }
@@ -345,11 +353,6 @@ impl Attached {
     /// The desks of a topic.
     pub(crate) fn desks_of(&self, topic: &Topic) -> Vec<Arc<Desk>> {
         self.desks.iter().filter(|((of, _), _)| of == topic).filter_map(|(_, desk)| desk.upgrade()).collect()
-    }
-
-    /// Whether a group has a member here.
-    fn takes_part(&self, place: &Place) -> bool {
-        self.desks.values().filter_map(Weak::upgrade).any(|desk| *desk.place == *place && desk.members() > 0)
     }
 }
 

@@ -69,6 +69,15 @@ impl RedisStreamsPubSub {
         if self.0.is_closed() { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
     }
 
+    /// Waits for something, but not beyond a close.
+    async fn unless_closed<T>(&self, wait: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.0.closed() => Err(Error::closed()),
+            done = wait => Ok(done),
+        }
+    }
+
     /// Asks until there is an answer that is none of a connection being made again, but not for longer than a command may take.
     async fn ask<T, F: Future<Output = Result<T, Fault>>>(
         &self,
@@ -78,12 +87,11 @@ impl RedisStreamsPubSub {
     ) -> Result<T> {
         let (until, mut pause) = (Instant::now() + self.0.options().command_timeout, Pause::new());
         loop {
-            let fault = match timeout_at(until, ask()).await {
+            let fault = match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(fault)) => fault,
                 Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
             };
-            self.check_open(operation, topic)?;
             let again = Instant::now() + pause.next();
             if !fault.is_temporary() || again >= until {
                 return Err(Error::from(fault).during(operation).on(topic));
@@ -139,8 +147,7 @@ impl RedisStreamsPubSub {
             channel.catch_up(follower, node);
         }
         // Dropped here, or failing, it is detached with its source.
-        node.reader().door.opened(Instant::now() + node.options().command_timeout).await?;
-        self.check_open("subscribe", topic)?;
+        self.unless_closed(node.reader().door.opened(Instant::now() + node.options().command_timeout)).await??;
         Ok(Subscription::new(topic.clone(), options, Box::new(source), attachment))
     }
 
@@ -189,8 +196,7 @@ impl RedisStreamsPubSub {
             }
         };
         self.ask("subscribe", topic, known).await?;
-        desk.reader().door.opened(Instant::now() + node.options().command_timeout).await?;
-        self.check_open("subscribe", topic)?;
+        self.unless_closed(desk.reader().door.opened(Instant::now() + node.options().command_timeout)).await??;
         Ok(Subscription::new(topic.clone(), options, Box::new(source), membership))
     }
 
