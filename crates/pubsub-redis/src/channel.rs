@@ -80,8 +80,12 @@ impl Channel {
         self.state.lock().followers.len()
     }
 
-    pub(crate) fn all_followers(&self) -> Vec<Arc<Follower>> {
-        self.state.lock().followers.iter().map(|following| following.follower.clone()).collect()
+    /// Ends all that follow with an error.
+    pub(crate) fn fail(&self, fault: &Fault) {
+        let followers = std::mem::take(&mut self.state.lock().followers);
+        for Following { follower, .. } in followers {
+            follower.fail(Error::from(fault.clone()).during("read").on(&self.topic));
+        }
     }
 
     pub(crate) fn is_idle(&self) -> bool {
@@ -220,7 +224,10 @@ impl Channel {
                 match progress {
                     Ok(()) => pause = Pause::new(),
                     Err(fault) if fault.is_temporary() => tokio::time::sleep(pause.next()).await,
-                    Err(fault) => return follower.fail(Error::from(fault).during("read").on(&channel.topic)),
+                    Err(fault) => {
+                        channel.unfollow(&follower);
+                        return follower.fail(Error::from(fault).during("read").on(&channel.topic));
+                    }
                 }
             }
         });
@@ -371,7 +378,7 @@ impl Follower {
     }
 
     /// Ends its stream with an error.
-    pub(crate) fn fail(&self, error: Error) {
+    fn fail(&self, error: Error) {
         self.failed.lock().get_or_insert(error);
         self.inner.stop();
     }

@@ -701,7 +701,7 @@ impl Desk {
     pub(crate) fn to_claim(&self) -> Option<(usize, usize, bool)> {
         let mut state = self.state.lock();
         let wanted = !state.asking.is_empty() || !state.cold;
-        if !state.claim || state.busy || !wanted || state.alone.is_some() || state.present().next().is_none() {
+        if !state.claim || state.busy || !wanted || state.alone.is_some() || state.failed.is_some() || state.present().next().is_none() {
             return None;
         }
         let room = self.local().room();
@@ -852,8 +852,8 @@ impl State {
     /// How much is to be read.
     fn wants(&self, room: usize) -> Option<usize> {
         let isolated = self.alone.is_some() || self.isolating.is_some();
-        if self.claim || self.busy || isolated || self.cold || self.ahead.len() > self.most_ahead / 2 || self.present().next().is_none()
-        {
+        let serves = self.failed.is_none() && self.present().next().is_some();
+        if self.claim || self.busy || isolated || self.cold || self.ahead.len() > self.most_ahead / 2 || !serves {
             return None;
         }
         let count = self.most_ahead.saturating_sub(self.ahead.len()).min(room);

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use pubsub_core::Error;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
@@ -166,8 +165,6 @@ async fn fail(wanted: &[(Arc<Channel>, EntryId)], node: &Weak<Node>, fault: &Fau
         culprits.extend(wanted.iter().map(|(channel, _)| (channel, fault.clone())));
     }
     for (channel, fault) in culprits {
-        for follower in channel.all_followers() {
-            follower.fail(Error::from(fault.clone()).during("read").on(&channel.topic));
-        }
+        channel.fail(&fault);
     }
 }

@@ -38,10 +38,12 @@ impl Server {
 
     /// Starts it over what its directory holds.
     fn spawn(&self) -> io::Result<()> {
-        let mut command = Command::new("redis-server");
+        // The shell ends the server when this process is gone, however that comes: then nobody holds the other end of its input.
+        let mut command = Command::new("sh");
+        command.args(["-c", "redis-server \"$@\" & read _; kill -KILL $!; wait", "sh"]);
         command.args(["--bind", "127.0.0.1", "--port", &self.address.port().to_string(), "--save", ""]);
         command.args(["--appendonly", "yes", "--appendfsync", "everysec"]);
-        command.arg("--dir").arg(&self.directory).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg("--dir").arg(&self.directory).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn()?;
         let until = Instant::now() + PATIENCE;
         loop {
@@ -49,7 +51,7 @@ impl Server {
                 Ok(Answer::Text(text)) if text == "PONG" => break,
                 _ if Instant::now() < until && child.try_wait()?.is_none() => std::thread::sleep(Duration::from_millis(5)),
                 _ => {
-                    let _ = child.kill();
+                    drop(child.stdin.take());
                     let _ = child.wait();
                     return Err(io::Error::other("redis-server does not start"));
                 }
@@ -65,9 +67,10 @@ impl Server {
         self.spawn()
     }
 
+    /// Kills it; gone when this returns.
     fn kill(&self) {
         if let Some(mut child) = self.child.lock().take() {
-            let _ = child.kill();
+            drop(child.stdin.take());
             let _ = child.wait();
         }
     }
