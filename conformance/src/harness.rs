@@ -27,6 +27,12 @@ pub trait Harness: Send + Sync + 'static {
     /// What the backend reports.
     async fn fresh(&self) -> Result<Arc<dyn Harness>>;
 
+    /// Why nothing of it can run here, such as a server that is not installed. All properties are then ignored with this reason,
+    /// unless `PUBSUB_REQUIRE` (names, separated by commas) names the harness: then that is a failure.
+    fn unavailable(&self) -> Option<String> {
+        None
+    }
+
     /// A new instance on this harness's bus.
     ///
     /// # Errors
@@ -216,4 +222,11 @@ pub trait Inline: Send + Sync {
 pub trait Raw: Send + Sync {
     /// Puts bytes into a topic as if they were an event.
     async fn inject(&self, topic: &Topic, bytes: &[u8]) -> Result<()>;
+}
+
+/// Why nothing of a harness can run although the environment requires it, by `PUBSUB_REQUIRE`.
+pub fn missing(harness: &dyn Harness) -> Option<String> {
+    let required = std::env::var("PUBSUB_REQUIRE").unwrap_or_default();
+    let is_required = required.split(',').any(|name| name.trim() == harness.name());
+    harness.unavailable().filter(|_| is_required).map(|why| format!("{} is required, and {why}", harness.name()))
 }

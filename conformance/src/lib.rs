@@ -57,6 +57,7 @@ assert_eq!(report.failures().count(), 0, "{report}");
 //! | --- | --- |
 //! | `CONFORMANCE_STRESS=n` | each property runs `n` times, each time with another seed |
 //! | `CONFORMANCE_SEED=n` | the seed of the first round, as a failure tells it |
+//! | `PUBSUB_REQUIRE=a,b` | harnesses whose server has to be there: without it they fail, where they would be ignored |
 //! | `CONFORMANCE_BLESS=1` | expectation files are written instead of compared |
 
 mod ctx;
@@ -74,7 +75,7 @@ mod suite;
 
 pub use ctx::{Consumer, Ctx, exactly, in_sequence, panic_on_purpose};
 pub use expectation::Differences;
-pub use harness::{Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing};
+pub use harness::{Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing, missing};
 pub use mimic::main;
 pub use properties::registry;
 pub use property::{Mismatch, Need, Outcome, Property, Verdict, omitted, property};

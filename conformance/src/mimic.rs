@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
+use crate::harness::missing;
 use crate::suite::{AT_A_TIME, Settings, execute};
 use crate::{Harness, Outcome, expectation, registry};
 
@@ -23,13 +24,20 @@ pub fn main(expectations: Option<&Path>, harnesses: impl IntoIterator<Item = Arc
         let name = harness.name().to_owned();
         if let Some(directory) = expectations {
             let (directory, harness) = (PathBuf::from(directory), harness.clone());
-            trials.push(Trial::test(format!("{name}::expectation"), move || {
+            let missing = missing(&*harness);
+            let pointless = missing.is_none() && harness.unavailable().is_some();
+            let expectation = Trial::test(format!("{name}::expectation"), move || {
+                if let Some(why) = missing {
+                    return Err(Failed::from(why));
+                }
                 let skips: Vec<_> = registry()
                     .iter()
                     .map(|property| (property.id(), property.ignored(&*harness).map_or(Outcome::Pass, Outcome::Ignored)))
                     .collect();
                 expectation::check_file(&directory, harness.name(), &skips).map_err(|why| Failed::from(why.to_string()))
-            }));
+            });
+            // What is ignored for want of a server says nothing about what is expected with one.
+            trials.push(expectation.with_ignored_flag(pointless));
         }
         for property in registry() {
             let ignored = property.ignored(&*harness);

@@ -87,6 +87,9 @@ impl Property {
         if let Body::Omitted(reason) = self.body {
             return Some(reason.to_owned());
         }
+        if let Some(reason) = harness.unavailable() {
+            return Some(reason);
+        }
         let missing: Vec<_> = self.needs.iter().filter_map(|need| need.missing(harness)).collect();
         (!missing.is_empty()).then(|| missing.join("; "))
     }

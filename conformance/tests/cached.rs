@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pubsub_conformance::harnesses::{CachedHarness, EmitterHarness, SlowRemoteHarness};
+use pubsub_conformance::harnesses::{CachedHarness, EmitterHarness, RedisHarness, SlowRemoteHarness};
 
 fn main() -> ExitCode {
     let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
@@ -14,6 +14,7 @@ fn main() -> ExitCode {
             Arc::new(CachedHarness::over(Arc::new(EmitterHarness::plain()))) as _,
             Arc::new(CachedHarness::over(Arc::new(EmitterHarness::strict()))) as _,
             Arc::new(CachedHarness::over(Arc::new(SlowRemoteHarness::new(0xcac)))) as _,
+            Arc::new(CachedHarness::over(Arc::new(RedisHarness::default()))) as _,
         ],
     )
 }

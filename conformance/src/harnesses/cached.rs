@@ -31,6 +31,10 @@ impl Harness for CachedHarness {
         &self.name
     }
 
+    fn unavailable(&self) -> Option<String> {
+        self.inner.unavailable()
+    }
+
     fn declared(&self) -> Capabilities {
         let mut declared = self.inner.declared();
         declared.retention = Retention::History;

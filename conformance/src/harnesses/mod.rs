@@ -3,6 +3,7 @@
 mod cached;
 mod emitter;
 mod memory_store;
+pub mod redis;
 mod slow_remote;
 
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
 pub use memory_store::MemoryStoreHarness;
+pub use redis::RedisHarness;
 pub use slow_remote::SlowRemoteHarness;
 
 use crate::Harness;
@@ -20,8 +22,12 @@ const SEED: u64 = 0x510;
 
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    let backends: [Arc<dyn Harness>; 3] =
-        [Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict()), Arc::new(SlowRemoteHarness::new(SEED))];
+    let backends: [Arc<dyn Harness>; 4] = [
+        Arc::new(EmitterHarness::plain()),
+        Arc::new(EmitterHarness::strict()),
+        Arc::new(SlowRemoteHarness::new(SEED)),
+        Arc::new(RedisHarness::default()),
+    ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     backends.into_iter().chain(cached).collect()
 }

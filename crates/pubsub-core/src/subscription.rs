@@ -96,6 +96,11 @@ impl Subscription {
         self.handle.status()
     }
 
+    /// Its source alone, for a backend that makes a subscription of its own around it: the new one filters, and says who settles.
+    pub fn into_source(self) -> Box<dyn Source> {
+        self.source
+    }
+
     /// Ends it and waits until nothing more can arrive. Dropping the future does not undo the end.
     pub async fn unsubscribe(self) {
         let Self { source, handle, .. } = self;

@@ -127,6 +127,11 @@ impl<T> OpenSettlement<T> {
         &self.what
     }
 
+    /// What is to be settled, for whoever settles it to take from.
+    pub fn what_mut(&mut self) -> &mut T {
+        &mut self.what
+    }
+
     /// Gives the answer to whoever holds the receipt.
     pub fn answer(mut self, settled: Settled) {
         if let Some(answer) = self.answer.take() {

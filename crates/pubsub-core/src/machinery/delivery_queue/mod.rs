@@ -139,6 +139,11 @@ impl Entry {
         self
     }
 
+    /// Where it stands in its topic.
+    pub fn position(&self) -> Option<Position> {
+        self.extras.as_ref()?.place.as_ref().map(|(_, position)| *position)
+    }
+
     /// Makes it local to one instance.
     #[must_use]
     pub fn only(mut self, instance: InstanceId) -> Self {

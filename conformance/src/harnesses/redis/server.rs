@@ -1,0 +1,152 @@
+//! A real `redis-server`, started on a free port with a directory of its own, and ended with this.
+
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// How long a server may take to start, or to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub(super) struct Server {
+    pub(super) address: SocketAddr,
+    directory: PathBuf,
+    child: Mutex<Option<Child>>,
+}
+
+/// Whether there is a server to start.
+pub(super) fn is_installed() -> bool {
+    let version = Command::new("redis-server").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    version.is_ok_and(|status| status.success())
+}
+
+impl Server {
+    pub(super) fn start() -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("pubsub-redis-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&directory)?;
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let server = Self { address: (Ipv4Addr::LOCALHOST, port).into(), directory, child: Mutex::new(None) };
+        server.spawn()?;
+        Ok(server)
+    }
+
+    /// Starts it over what its directory holds.
+    fn spawn(&self) -> io::Result<()> {
+        // The shell ends the server when this process is gone, however that comes: then nobody holds the other end of its input.
+        let mut command = Command::new("sh");
+        command.args(["-c", "redis-server \"$@\" & read _; kill -KILL $!; wait", "sh"]);
+        command.args(["--bind", "127.0.0.1", "--port", &self.address.port().to_string(), "--save", ""]);
+        command.args(["--appendonly", "yes", "--appendfsync", "everysec"]);
+        command.arg("--dir").arg(&self.directory).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.ask(&["PING"]) {
+                Ok(Answer::Text(text)) if text == "PONG" => break,
+                _ if Instant::now() < until && child.try_wait()?.is_none() => std::thread::sleep(Duration::from_millis(5)),
+                _ => {
+                    drop(child.stdin.take());
+                    let _ = child.wait();
+                    return Err(io::Error::other("redis-server does not start"));
+                }
+            }
+        }
+        *self.child.lock() = Some(child);
+        Ok(())
+    }
+
+    /// Kills it, and starts it again over its append-only file.
+    pub(super) fn restart(&self) -> io::Result<()> {
+        self.kill();
+        self.spawn()
+    }
+
+    /// Kills it; gone when this returns.
+    fn kill(&self) {
+        if let Some(mut child) = self.child.lock().take() {
+            drop(child.stdin.take());
+            let _ = child.wait();
+        }
+    }
+
+    /// Sends a command over a connection of its own.
+    pub(super) fn ask(&self, words: &[impl AsRef<[u8]>]) -> io::Result<Answer> {
+        let mut stream = TcpStream::connect_timeout(&self.address, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut command = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            let word = word.as_ref();
+            command.extend(format!("${}\r\n", word.len()).into_bytes());
+            command.extend(word);
+            command.extend(b"\r\n");
+        }
+        stream.write_all(&command)?;
+        Answer::read(&mut io::BufReader::new(stream))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// What a server says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Answer {
+    Text(String),
+    Number(i64),
+    Nothing,
+    List(Vec<Answer>),
+}
+
+impl Answer {
+    fn read(from: &mut impl io::BufRead) -> io::Result<Self> {
+        let mut line = String::new();
+        from.read_line(&mut line)?;
+        let (kind, rest) = line.trim_end().split_at_checked(1).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let number = || rest.parse::<i64>().map_err(io::Error::other);
+        Ok(match kind {
+            "+" => Self::Text(rest.to_owned()),
+            "-" => return Err(io::Error::other(rest.to_owned())),
+            ":" => Self::Number(number()?),
+            "$" | "*" if rest == "-1" => Self::Nothing,
+            "$" => {
+                let mut bytes = vec![0; usize::try_from(number()?).map_err(io::Error::other)? + 2];
+                from.read_exact(&mut bytes)?;
+                bytes.truncate(bytes.len() - 2);
+                Self::Text(String::from_utf8_lossy(&bytes).into_owned())
+            }
+            "*" => Self::List((0..number()?).map(|_| Self::read(from)).collect::<io::Result<_>>()?),
+            _ => return Err(io::Error::other("an answer of an unknown kind")),
+        })
+    }
+
+    pub(super) fn number(&self) -> u64 {
+        match self {
+            Self::Number(number) => (*number).try_into().unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    pub(super) fn list(&self) -> &[Self] {
+        match self {
+            Self::List(list) => list,
+            _ => &[],
+        }
+    }
+
+    pub(super) fn text(&self) -> &str {
+        match self {
+            Self::Text(text) => text,
+            _ => "",
+        }
+    }
+}
