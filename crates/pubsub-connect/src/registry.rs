@@ -18,7 +18,7 @@ pub const MAX_NESTING: usize = 4;
 
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
 const BACKENDS: &[(&str, Option<&str>)] =
-    &[("memory", Some("memory")), ("unix", None), ("redis", None), ("rediss", None), ("gcp", None)];
+    &[("memory", Some("memory")), ("unix", None), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", None)];
 
 /// The cargo feature that brings the replay decorator; none where this version has none.
 const REPLAY: Option<&str> = None;
@@ -59,6 +59,10 @@ impl Registry {
         let registry = Self::new();
         #[cfg(feature = "memory")]
         let registry = registry.with("memory", crate::memory::memory);
+        #[cfg(feature = "redis")]
+        let registry = registry.with("redis", crate::redis::redis);
+        #[cfg(feature = "rediss")]
+        let registry = registry.with("rediss", crate::redis::redis);
         registry
     }
 

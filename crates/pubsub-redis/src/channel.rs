@@ -426,7 +426,8 @@ impl Control for Attachment {
     }
 
     async fn stopped(&self) {
-        // Ending is immediate: once `end` has returned, nothing can arrive.
+        // Ending is immediate: once `end` has returned, nothing can arrive. The connection goes with the last one.
+        self.node.reader().left().await;
     }
 
     async fn drained(&self) {

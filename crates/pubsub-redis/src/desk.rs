@@ -36,6 +36,8 @@ pub(crate) struct Desk {
     state: Mutex<State>,
     /// How much is in consumers' hands.
     in_hands: watch::Sender<usize>,
+    /// How many goodbyes are on their way to the server.
+    goodbyes: watch::Sender<usize>,
 }
 
 #[derive(Default)]
@@ -170,6 +172,7 @@ impl Desk {
             me: me.clone(),
             state: Mutex::new(state),
             in_hands: watch::Sender::new(0),
+            goodbyes: watch::Sender::new(0),
         })
     }
 
@@ -243,8 +246,20 @@ impl Desk {
             state.present().next().is_none() && state.held.is_empty() && state.dying.is_empty()
         };
         if gone && let Some(me) = self.me.upgrade() {
+            self.goodbyes.send_modify(|count| *count += 1);
             self.node.say_goodbye(me);
         }
+    }
+
+    /// A goodbye was said, or is not needed any more.
+    pub(crate) fn goodbye_said(&self) {
+        self.goodbyes.send_modify(|count| *count -= 1);
+    }
+
+    /// Waits until no goodbye is on its way.
+    pub(crate) async fn said_goodbye(&self) {
+        // The sender is this very desk's.
+        let _ = self.goodbyes.subscribe().wait_for(|count| *count == 0).await;
     }
 
     pub(crate) fn members(&self) -> u64 {

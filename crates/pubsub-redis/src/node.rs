@@ -246,24 +246,29 @@ impl Node {
     /// Takes this instance's consumer out of a group it has no part in any more.
     pub(crate) fn say_goodbye(&self, desk: Arc<Desk>) {
         self.timer.runtime().spawn(async move {
-            let (mut pause, node) = (Pause::new(), &desk.node);
-            for _ in 0..GOODBYES {
-                let _ = timeout(UNHEARD_WORDS, node.notices.flush()).await;
-                if desk.members() > 0 || node.is_closed() {
-                    return;
-                }
-                // A read that is under way would make the consumer anew.
-                if !desk.is_read() {
-                    match keeper::leave(&node.link, &desk.place, &[&node.consumer, NOBODY]).await {
-                        Ok(0) => {}
-                        Ok(_) => return,
-                        Err(fault) if !fault.is_temporary() => return,
-                        Err(_) => {}
-                    }
-                }
-                tokio::time::sleep(pause.next()).await;
-            }
+            desk.node.leave(&desk).await;
+            desk.goodbye_said();
         });
+    }
+
+    async fn leave(&self, desk: &Desk) {
+        let mut pause = Pause::new();
+        for _ in 0..GOODBYES {
+            let _ = timeout(UNHEARD_WORDS, self.notices.flush()).await;
+            if desk.members() > 0 || self.is_closed() {
+                return;
+            }
+            // A read that is under way would make the consumer anew.
+            if !desk.is_read() {
+                match keeper::leave(&self.link, &desk.place, &[&self.consumer, NOBODY]).await {
+                    Ok(0) => {}
+                    Ok(_) => return,
+                    Err(fault) if !fault.is_temporary() => return,
+                    Err(_) => {}
+                }
+            }
+            tokio::time::sleep(pause.next()).await;
+        }
     }
 
     /// Drains what was accepted within the time, then ends everything.

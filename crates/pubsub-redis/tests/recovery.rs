@@ -73,7 +73,7 @@ fn main() -> ExitCode {
 }
 
 fn builder(url: &str) -> RedisBuilder {
-    let builder = RedisStreamsPubSub::builder(url).unwrap().reclaim_after(RECLAIM).linger(Duration::from_millis(50));
+    let builder = RedisStreamsPubSub::from_url(url).unwrap().reclaim_after(RECLAIM).linger(Duration::from_millis(50));
     builder.command_timeout(Duration::from_secs(3)).publish_timeout(Duration::from_secs(5))
 }
 
