@@ -14,13 +14,13 @@ pub(crate) fn redis(url: &mut BusUrl) -> Result<impl Future<Output = Result<Bus>
     if let Some(prefix) = url.text("prefix") {
         builder = builder.prefix(prefix);
     }
-    if let Some(events) = url.read("max_len", "a whole number such as `10000`, or `none`", |text| or_none(text, |text| text.parse().ok()))? {
+    if let Some(events) =
+        url.read("max_len", "a whole number such as `10000`, or `none`", |text| or_none(text, |text| text.parse().ok()))?
+    {
         builder = builder.max_len(events);
     }
-    for (option, set) in [
-        ("max_age", RedisBuilder::max_age as fn(RedisBuilder, _) -> _),
-        ("idle_ttl", RedisBuilder::idle_ttl),
-    ] {
+    for (option, set) in [("max_age", RedisBuilder::max_age as fn(RedisBuilder, _) -> _), ("idle_ttl", RedisBuilder::idle_ttl)]
+    {
         if url.text(option) == Some("none") {
             builder = set(builder, None);
         } else if let Some(duration) = url.duration(option)? {

@@ -152,7 +152,8 @@ async fn a_registry_takes_backends_of_ones_own() {
         let factory = |_: &mut BusUrl| Ok(async { Ok(Bus::from(EventEmitterPubSub::new())) });
         assert!(Registry::new().register(scheme, factory).is_err(), "{scheme}");
     }
-    let shown = format!("{:?}", Registry::new().register("count", |_: &mut BusUrl| Ok(async { connect("memory:").await })).unwrap());
+    let shown =
+        format!("{:?}", Registry::new().register("count", |_: &mut BusUrl| Ok(async { connect("memory:").await })).unwrap());
     assert_eq!(shown, r#"Registry { schemes: ["count"] }"#);
 }
 

@@ -160,7 +160,10 @@ impl RedisBuilder {
             return Err(Error::invalid_option("prefix", "takes 1 to 255 bytes without control characters"));
         }
         if self.prefix.contains('}') && tag_of(&self.prefix).is_none() {
-            return Err(Error::invalid_option("prefix", "has a `}` that ends no hash tag, so that keys could not share a slot"));
+            return Err(Error::invalid_option(
+                "prefix",
+                "has a `}` that ends no hash tag, so that keys could not share a slot",
+            ));
         }
         if self.max_len == Some(0) {
             return Err(Error::invalid_option("max_len", "must be at least 1"));
@@ -182,7 +185,10 @@ impl RedisBuilder {
             }
         }
         if self.reclaim_after > LONGEST_RECLAIM {
-            return Err(Error::invalid_option("reclaim_after", "is longer than 60 s, after which TypeScript members take over"));
+            return Err(Error::invalid_option(
+                "reclaim_after",
+                "is longer than 60 s, after which TypeScript members take over",
+            ));
         }
         if self.linger > self.reclaim_after / 3 {
             return Err(Error::invalid_option("linger", "is longer than a third of reclaim_after"));

@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_core::machinery::{self, Aftermath, DeliveryQueue};
 use pubsub_core::{
-    AckMode, Control, Delivery, Error, Event, Result, Scope, Source, SubscribeOptions, SubscriptionHandle,
-    SubscriptionStatus, Topic, dead_letter,
+    AckMode, Control, Delivery, Error, Event, Result, Scope, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
+    Topic, dead_letter,
 };
 use tokio::sync::Notify;
 

@@ -19,7 +19,7 @@ use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link, Script};
 use crate::look::look;
-use crate::node::Node;
+use crate::node::{Node, OnServer};
 use crate::pause::Pause;
 use crate::publish::millis;
 use crate::reader::{BLOCK, Blocking, Door, FAREWELL};
@@ -314,7 +314,7 @@ impl Control for Membership {
             }
             node.notices().flush().await;
             match node.group_status(&place.stream, Some(&place.group)).await {
-                Ok(groups) if groups.iter().all(|group| group.is_drained()) => break,
+                Ok(groups) if groups.iter().all(OnServer::is_drained) => break,
                 _ => tokio::time::sleep(LOOK_AGAIN).await,
             }
         }

@@ -96,11 +96,12 @@ impl RedisStreamsPubSub {
     ) -> Result<T> {
         let (until, mut pause) = (Instant::now() + self.0.options().command_timeout, Pause::new());
         loop {
-            let fault = match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(fault)) => fault,
-                Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
-            };
+            let fault =
+                match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
+                    Ok(Ok(answer)) => return Ok(answer),
+                    Ok(Err(fault)) => fault,
+                    Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
+                };
             let again = Instant::now() + pause.next();
             if !fault.is_temporary() || again >= until {
                 return Err(Error::from(fault).during(operation).on(topic));

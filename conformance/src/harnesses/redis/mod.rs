@@ -77,7 +77,6 @@ impl RedisHarness {
     }
 }
 
-
 #[async_trait]
 impl Harness for RedisHarness {
     fn name(&self) -> &str {
