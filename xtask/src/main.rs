@@ -5,7 +5,7 @@ mod step;
 mod tidy;
 
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 
 use step::{Outcome, cargo};
 
@@ -56,10 +56,32 @@ fn main() -> ExitCode {
 /// Every test of the workspace. Tests start the servers they need themselves, on free ports; whatever has to be installed or
 /// built once for all of them is set up here first.
 fn test() -> Outcome {
+    install_servers()?;
     // The examples' tests run the built programs, which `cargo test --all-targets` builds only as tests.
     step::run("build examples", &mut cargo(["build", "--workspace", "--examples"]))?;
     step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets"]))?;
     step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
+}
+
+/// Installs what `PUBSUB_REQUIRE` names and is not there, where that is possible: as root, on a Debian system.
+fn install_servers() -> Outcome {
+    let required = std::env::var("PUBSUB_REQUIRE").unwrap_or_default();
+    let is_there = |program| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success());
+    if !required.split(',').any(|name| name.trim() == "redis") || is_there("redis-server") {
+        return Ok(());
+    }
+    let root = step::read(Command::new("id").arg("-u"))?.trim() == "0";
+    let apt = || if root { Command::new("apt-get") } else { sudo("apt-get") };
+    step::run("package lists", apt().arg("update"))?;
+    let install = ["install", "--yes", "--no-install-recommends", "redis-server"];
+    // Tests start servers of their own; the one that the package starts is not needed.
+    step::run("redis-server", apt().env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").args(install))
+}
+
+fn sudo(program: &str) -> Command {
+    let mut command = Command::new("sudo");
+    command.args(["--preserve-env=DEBIAN_FRONTEND,RUNLEVEL", program]);
+    command
 }
 
 fn conformance(arguments: &[String]) -> Outcome {

@@ -20,7 +20,7 @@ pub const MAX_NESTING: usize = 4;
 
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
 const BACKENDS: &[(&str, Option<&str>)] =
-    &[("memory", Some("memory")), ("unix", None), ("redis", None), ("rediss", None), ("gcp", None)];
+    &[("memory", Some("memory")), ("unix", None), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", None)];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
 
@@ -63,6 +63,10 @@ impl Registry {
         let registry = registry.with("memory", crate::memory::memory);
         #[cfg(feature = "replay")]
         let registry = registry.with_store("memory", crate::replay::memory);
+        #[cfg(feature = "redis")]
+        let registry = registry.with("redis", crate::redis::redis);
+        #[cfg(feature = "rediss")]
+        let registry = registry.with("rediss", crate::redis::redis);
         registry
     }
 

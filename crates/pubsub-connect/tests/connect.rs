@@ -85,8 +85,6 @@ async fn each_refusal_names_what_is_at_fault() {
         ("memroy:", "url", "has the unknown scheme `memroy`; the nearest known one is `memory`"),
         ("reddis:", "url", "the nearest known one is `redis`"),
         ("unix:a/b.sock", "url", "this version of pubsub-connect has no backend for `unix:`"),
-        ("redis://h", "url", "this version of pubsub-connect has no backend for `redis:`"),
-        ("rediss://h", "url", "this version of pubsub-connect has no backend for `rediss:`"),
         ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
         ("memory:?leases=nowhere", "url", "begins with no scheme"),
         ("memory:?leases=memory:%3Fmax_paylod=1", "max_paylod", "`max_payload`"),
@@ -100,6 +98,11 @@ async fn each_refusal_names_what_is_at_fault() {
             other => panic!("{url}: {other:?}"),
         }
         assert!(matches!(error.operation(), Some("connect" | "build")) && !error.is_retryable(), "{url}: {error}");
+    }
+    #[cfg(not(feature = "redis"))]
+    for scheme in ["redis", "rediss"] {
+        let error = refused(&format!("{scheme}://h")).await;
+        assert!(error.to_string().contains(&format!("needs the cargo feature `{scheme}` of pubsub-connect")), "{error}");
     }
     assert_eq!(refused("memory:?leases=nowhere").await.subject(), Some("leases"));
     assert_eq!(refused("memory:jobs?x=1").await.subject(), Some("memory:jobs"));
@@ -163,7 +166,9 @@ async fn a_registry_takes_backends_of_ones_own() {
         let factory = |_: &mut BusUrl| Ok(async { Ok(Bus::from(EventEmitterPubSub::new())) });
         assert!(Registry::new().register(scheme, factory).is_err(), "{scheme}");
     }
-    assert_eq!(format!("{registry:?}"), r#"Registry { schemes: ["count", "memory"] }"#);
+    let shown =
+        format!("{:?}", Registry::new().register("count", |_: &mut BusUrl| Ok(async { connect("memory:").await })).unwrap());
+    assert_eq!(shown, r#"Registry { schemes: ["count"] }"#);
 }
 
 #[test]
@@ -272,4 +277,31 @@ async fn a_registry_takes_stores_of_ones_own() {
     }
     assert_eq!(bus.inspect("t").await.unwrap().retained, Some(1));
     assert!(registry.connect("memory:?replay=shelf%3Fbords=1").await.is_err());
+}
+
+#[cfg(feature = "redis")]
+#[tokio::test]
+async fn what_is_wrong_with_a_redis_url_is_named() {
+    for (url, option) in [
+        ("redis:", "url"),
+        ("redis://", "url"),
+        ("redis://h/x", "url"),
+        ("redis://h/256", "url"),
+        ("redis://h?prefix=", "prefix"),
+        ("redis://h?prefx=a", "prefx"),
+        ("redis://h?max_len=few", "max_len"),
+        ("redis://h?max_len=0", "max_len"),
+        ("redis://h?idle_ttl=5", "idle_ttl"),
+        ("redis://h?idle_ttl=1s", "idle_ttl"),
+        ("redis://h?reclaim_after=2m", "reclaim_after"),
+        ("redis://h?linger=1h", "linger"),
+    ] {
+        let error = refused(url).await;
+        assert!(matches!(error.kind(), ErrorKind::InvalidOption { option: named, .. } if named == option), "{url}: {error}");
+    }
+    // A port that nobody listens on.
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let error = refused(&format!("redis://user:s3cr3t@127.0.0.1:{port}/1?max_len=none&max_age=1h&command_timeout=1s")).await;
+    assert_eq!(error.kind(), &ErrorKind::Unavailable);
+    assert!(!format!("{error} {error:?}").contains("s3cr3t"));
 }

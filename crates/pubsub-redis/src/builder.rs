@@ -45,6 +45,39 @@ impl RedisBuilder {
         }
     }
 
+    /// Who to log in as (nobody; with a password alone, the server's default user).
+    #[must_use]
+    pub fn username(mut self, username: impl Into<String>) -> Self {
+        self.server.username = Some(username.into());
+        self
+    }
+
+    /// The password (none). It appears in no error, no `Debug` output and no log.
+    #[must_use]
+    pub fn password(mut self, password: impl Into<String>) -> Self {
+        self.server.password = Some(password.into());
+        self
+    }
+
+    /// The number of the database (0).
+    #[must_use]
+    pub fn database(mut self, number: u8) -> Self {
+        self.server.database = Some(number);
+        self
+    }
+
+    /// Encrypts connections, and trusts whom the system trusts (off).
+    ///
+    /// # Errors
+    /// `InvalidOption` if the system's certificates cannot be read.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self) -> Result<Self> {
+        let connector = fred::types::config::TlsConnector::default_rustls();
+        let refuse = |error: fred::error::Error| Error::invalid_option("tls", "has no certificates to trust").caused_by(error);
+        self.server.tls = Some(connector.map_err(refuse)?.into());
+        Ok(self)
+    }
+
     /// What all keys begin with (`mastra:topic`). Buses with different prefixes do not know each other.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
@@ -127,7 +160,10 @@ impl RedisBuilder {
             return Err(Error::invalid_option("prefix", "takes 1 to 255 bytes without control characters"));
         }
         if self.prefix.contains('}') && tag_of(&self.prefix).is_none() {
-            return Err(Error::invalid_option("prefix", "has a `}` that ends no hash tag, so that keys could not share a slot"));
+            return Err(Error::invalid_option(
+                "prefix",
+                "has a `}` that ends no hash tag, so that keys could not share a slot",
+            ));
         }
         if self.max_len == Some(0) {
             return Err(Error::invalid_option("max_len", "must be at least 1"));
@@ -149,7 +185,10 @@ impl RedisBuilder {
             }
         }
         if self.reclaim_after > LONGEST_RECLAIM {
-            return Err(Error::invalid_option("reclaim_after", "is longer than 60 s, after which TypeScript members take over"));
+            return Err(Error::invalid_option(
+                "reclaim_after",
+                "is longer than 60 s, after which TypeScript members take over",
+            ));
         }
         if self.linger > self.reclaim_after / 3 {
             return Err(Error::invalid_option("linger", "is longer than a third of reclaim_after"));

@@ -14,8 +14,8 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_core::machinery::{self, Aftermath, DeliveryQueue};
 use pubsub_core::{
-    AckMode, Control, Delivery, Error, Event, Result, Scope, Source, SubscribeOptions, SubscriptionHandle,
-    SubscriptionStatus, Topic, dead_letter,
+    AckMode, Control, Delivery, Error, Event, Result, Scope, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
+    Topic, dead_letter,
 };
 use tokio::sync::Notify;
 
@@ -426,7 +426,8 @@ impl Control for Attachment {
     }
 
     async fn stopped(&self) {
-        // Ending is immediate: once `end` has returned, nothing can arrive.
+        // Ending is immediate: once `end` has returned, nothing can arrive. The connection goes with the last one.
+        self.node.reader().left().await;
     }
 
     async fn drained(&self) {

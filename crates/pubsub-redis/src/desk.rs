@@ -36,6 +36,8 @@ pub(crate) struct Desk {
     state: Mutex<State>,
     /// How much is in consumers' hands.
     in_hands: watch::Sender<usize>,
+    /// How many goodbyes are on their way to the server.
+    goodbyes: watch::Sender<usize>,
 }
 
 #[derive(Default)]
@@ -115,7 +117,10 @@ struct Ahead {
 enum Held {
     Remote(Box<Remote>),
     /// It never left the instance: its own queue settles it.
-    Local { delivery: Delivery, member: u64 },
+    Local {
+        delivery: Delivery,
+        member: u64,
+    },
 }
 
 struct Remote {
@@ -170,6 +175,7 @@ impl Desk {
             me: me.clone(),
             state: Mutex::new(state),
             in_hands: watch::Sender::new(0),
+            goodbyes: watch::Sender::new(0),
         })
     }
 
@@ -243,8 +249,20 @@ impl Desk {
             state.present().next().is_none() && state.held.is_empty() && state.dying.is_empty()
         };
         if gone && let Some(me) = self.me.upgrade() {
+            self.goodbyes.send_modify(|count| *count += 1);
             self.node.say_goodbye(me);
         }
+    }
+
+    /// A goodbye was said, or is not needed any more.
+    pub(crate) fn goodbye_said(&self) {
+        self.goodbyes.send_modify(|count| *count -= 1);
+    }
+
+    /// Waits until no goodbye is on its way.
+    pub(crate) async fn said_goodbye(&self) {
+        // The sender is this very desk's.
+        let _ = self.goodbyes.subscribe().wait_for(|count| *count == 0).await;
     }
 
     pub(crate) fn members(&self) -> u64 {
@@ -560,7 +578,8 @@ impl Desk {
         inner: Option<Delivery>,
     ) -> Receipt {
         let group = &self.place.group;
-        let letter = options.dead_letter.clone().map(|to| (to, dead_letter(event, self.topic(), Some(group), attempts, reason)));
+        let letter =
+            options.dead_letter.clone().map(|to| (to, dead_letter(event, self.topic(), Some(group), attempts, reason)));
         {
             let mut state = self.state.lock();
             match letter {
@@ -622,7 +641,8 @@ impl Desk {
     /// Takes back all that is held from the server, and returns how much that is.
     pub(crate) fn revoke(&self) -> u64 {
         let is_remote = |held: &Held| held.remote().is_some();
-        let tokens: Vec<_> = self.state.lock().held.iter().filter(|(_, held)| is_remote(held)).map(|(token, _)| token).collect();
+        let tokens: Vec<_> =
+            self.state.lock().held.iter().filter(|(_, held)| is_remote(held)).map(|(token, _)| token).collect();
         tokens.iter().for_each(|token| self.take_back(*token, "its holder was closed"));
         tokens.len() as u64
     }
@@ -700,7 +720,13 @@ impl Desk {
     pub(crate) fn to_claim(&self) -> Option<(usize, usize, bool)> {
         let mut state = self.state.lock();
         let wanted = !state.asking.is_empty() || !state.cold;
-        if !state.claim || state.busy || !wanted || state.alone.is_some() || state.failed.is_some() || state.present().next().is_none() {
+        if !state.claim
+            || state.busy
+            || !wanted
+            || state.alone.is_some()
+            || state.failed.is_some()
+            || state.present().next().is_none()
+        {
             return None;
         }
         let room = self.local().room();
@@ -900,7 +926,9 @@ impl Due for Desk {
             if state.hold_due.is_some_and(|due| due <= now) {
                 let holder = |held: &Held| state.members.get(&held.member()).map_or(FAR, |member| member.options.max_hold);
                 let until = |held: &Held| held.remote().map(|remote| remote.since + holder(held));
-                overdue.extend(state.held.iter().filter(|(_, held)| until(held).is_some_and(|until| until <= now)).map(|(t, _)| t));
+                overdue.extend(
+                    state.held.iter().filter(|(_, held)| until(held).is_some_and(|until| until <= now)).map(|(t, _)| t),
+                );
                 state.hold_due = state.held.iter().filter_map(|(_, held)| until(held)).filter(|until| *until > now).min();
             }
             while state.due.pop_due(now).is_some() {
@@ -909,7 +937,8 @@ impl Due for Desk {
             while let Some(one) = state.postponed.pop_due(now) {
                 postponed.push(one);
             }
-            lingering = lingering || (!state.ahead.is_empty() && state.progress.is_none_or(|progress| progress + linger <= now));
+            lingering =
+                lingering || (!state.ahead.is_empty() && state.progress.is_none_or(|progress| progress + linger <= now));
             if state.sweep_at.is_some_and(|at| at <= now) {
                 // One that has left everything need not look after anything.
                 let attends = state.members.values().any(|member| !member.left);

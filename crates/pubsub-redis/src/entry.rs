@@ -112,7 +112,8 @@ mod tests {
     }
 
     fn read(fields: &[(&'static str, &'static str)]) -> Content {
-        let fields = fields.iter().map(|(name, value)| (Bytes::from_static(name.as_bytes()), Bytes::from_static(value.as_bytes())));
+        let fields =
+            fields.iter().map(|(name, value)| (Bytes::from_static(name.as_bytes()), Bytes::from_static(value.as_bytes())));
         Entry::read(id("1700000000120-3"), fields).content
     }
 

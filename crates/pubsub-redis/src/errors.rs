@@ -41,7 +41,9 @@ impl From<fred::error::Error> for Fault {
         match error.kind() {
             Kind::Auth => Self::Auth(details.into()),
             // fred has no kinds for most of what a server says: the code comes first, in capitals.
-            Kind::Unknown | Kind::InvalidCommand | Kind::InvalidArgument | Kind::Cluster | Kind::NotFound if has_code(details) => {
+            Kind::Unknown | Kind::InvalidCommand | Kind::InvalidArgument | Kind::Cluster | Kind::NotFound
+                if has_code(details) =>
+            {
                 if matches!(details.split(' ').next(), Some("NOAUTH" | "WRONGPASS")) {
                     Self::Auth(details.into())
                 } else {

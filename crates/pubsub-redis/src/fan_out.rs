@@ -15,7 +15,7 @@ use crate::link::Cmd;
 use crate::look::look;
 use crate::node::Node;
 use crate::pause::Pause;
-use crate::reader::{BLOCK, Blocking, Door, IDLE};
+use crate::reader::{BLOCK, Blocking, Door, FAREWELL};
 use crate::reply;
 
 /// What the reader's task shares with those who want something read.
@@ -46,6 +46,12 @@ impl FanOut {
         if self.followers.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.bell.notify_one();
         }
+    }
+
+    /// Waits until the reader has nothing left of a subscription that has ended.
+    pub(crate) async fn left(&self) {
+        let closed = self.door.closed(|| self.followers.load(Ordering::SeqCst) > 0);
+        let _ = tokio::time::timeout(FAREWELL, closed).await;
     }
 
     /// Somebody goes with the reader on this topic from now on.
@@ -98,12 +104,10 @@ impl FanOut {
                     None => break,
                 },
                 Some(_) if idle => {
-                    if tokio::time::timeout(IDLE, self.bell.notified()).await.is_err()
-                        && let Some(blocking) = connection.take()
-                    {
-                        self.door.close();
+                    if let Some(blocking) = connection.take() {
                         blocking.close().await;
                     }
+                    self.door.close();
                     continue;
                 }
                 Some(_) if wanted.is_empty() => {

@@ -19,10 +19,10 @@ use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link, Script};
 use crate::look::look;
-use crate::node::Node;
+use crate::node::{Node, OnServer};
 use crate::pause::Pause;
 use crate::publish::millis;
-use crate::reader::{BLOCK, Blocking, Door, IDLE};
+use crate::reader::{BLOCK, Blocking, Door, FAREWELL};
 use crate::reply;
 use crate::settle::Place;
 
@@ -77,6 +77,11 @@ impl GroupReader {
         self.task.lock().take()
     }
 
+    /// Waits until the reader has nothing left of a member that has left.
+    async fn left(&self) {
+        self.door.closed(|| self.desks().iter().any(|desk| desk.members() > 0)).await;
+    }
+
     fn desks(&self) -> Vec<Arc<Desk>> {
         let mut desks = self.desks.lock();
         desks.retain(|desk| desk.strong_count() > 0);
@@ -97,12 +102,10 @@ impl GroupReader {
                 }
                 Some(_) if idle => {
                     drop(wanted);
-                    if tokio::time::timeout(IDLE, self.bell.notified()).await.is_err()
-                        && let Some(blocking) = connection.take()
-                    {
-                        self.door.close();
+                    if let Some(blocking) = connection.take() {
                         blocking.close().await;
                     }
+                    self.door.close();
                     continue;
                 }
                 Some(_) if wanted.is_empty() => {
@@ -298,7 +301,9 @@ impl Control for Membership {
     }
 
     async fn stopped(&self) {
-        // Ending is immediate: once `end` has returned, nothing can arrive.
+        // Ending is immediate: once `end` has returned, nothing can arrive. What was needed for it on the server goes as well.
+        let gone = futures::future::join(self.desk.reader().left(), self.desk.said_goodbye());
+        let _ = tokio::time::timeout(FAREWELL, gone).await;
     }
 
     async fn drained(&self) {
@@ -309,7 +314,7 @@ impl Control for Membership {
             }
             node.notices().flush().await;
             match node.group_status(&place.stream, Some(&place.group)).await {
-                Ok(groups) if groups.iter().all(|group| group.is_drained()) => break,
+                Ok(groups) if groups.iter().all(OnServer::is_drained) => break,
                 _ => tokio::time::sleep(LOOK_AGAIN).await,
             }
         }

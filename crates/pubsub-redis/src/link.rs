@@ -168,7 +168,8 @@ impl Link {
             let queued = pipeline.custom::<(), Value>(command, args).await;
             debug_assert!(queued.is_ok(), "{queued:?}");
         }
-        let mut answers: Vec<_> = pipeline.try_all::<Value>().await.into_iter().map(|answer| answer.map_err(Fault::from)).collect();
+        let mut answers: Vec<_> =
+            pipeline.try_all::<Value>().await.into_iter().map(|answer| answer.map_err(Fault::from)).collect();
         if answers.len() != count {
             // fred answers once for a pipeline that failed as a whole.
             let fault = answers.pop().and_then(Result::err).unwrap_or(Fault::Nonsense("a pipeline was not answered whole"));

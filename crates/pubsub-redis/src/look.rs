@@ -122,7 +122,10 @@ mod tests {
     #[test]
     fn resumes_from_what_is_retained_and_tells_the_rest() {
         let look = stream();
-        assert_eq!((after(&look, "5-0"), after(&look, "7-3"), after(&look, "9-0")), (Ok(id("5-0")), Ok(id("7-3")), Ok(id("9-0"))));
+        assert_eq!(
+            (after(&look, "5-0"), after(&look, "7-3"), after(&look, "9-0")),
+            (Ok(id("5-0")), Ok(id("7-3")), Ok(id("9-0")))
+        );
         assert_eq!(after(&look, "4-9"), Err(Gap::Trimmed { missed: None }));
         assert_eq!(after(&look, "9-1"), Err(Gap::Ahead));
         let other = Scope::new("redis-b", "0").unwrap();

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -246,24 +245,29 @@ impl Node {
     /// Takes this instance's consumer out of a group it has no part in any more.
     pub(crate) fn say_goodbye(&self, desk: Arc<Desk>) {
         self.timer.runtime().spawn(async move {
-            let (mut pause, node) = (Pause::new(), &desk.node);
-            for _ in 0..GOODBYES {
-                let _ = timeout(UNHEARD_WORDS, node.notices.flush()).await;
-                if desk.members() > 0 || node.is_closed() {
-                    return;
-                }
-                // A read that is under way would make the consumer anew.
-                if !desk.is_read() {
-                    match keeper::leave(&node.link, &desk.place, &[&node.consumer, NOBODY]).await {
-                        Ok(0) => {}
-                        Ok(_) => return,
-                        Err(fault) if !fault.is_temporary() => return,
-                        Err(_) => {}
-                    }
-                }
-                tokio::time::sleep(pause.next()).await;
-            }
+            desk.node.leave(&desk).await;
+            desk.goodbye_said();
         });
+    }
+
+    async fn leave(&self, desk: &Desk) {
+        let mut pause = Pause::new();
+        for _ in 0..GOODBYES {
+            let _ = timeout(UNHEARD_WORDS, self.notices.flush()).await;
+            if desk.members() > 0 || self.is_closed() {
+                return;
+            }
+            // A read that is under way would make the consumer anew.
+            if !desk.is_read() {
+                match keeper::leave(&self.link, &desk.place, &[&self.consumer, NOBODY]).await {
+                    Ok(0) => {}
+                    Ok(_) => return,
+                    Err(fault) if !fault.is_temporary() => return,
+                    Err(_) => {}
+                }
+            }
+            tokio::time::sleep(pause.next()).await;
+        }
     }
 
     /// Drains what was accepted within the time, then ends everything.
@@ -297,7 +301,8 @@ impl Node {
         let last_words = async {
             self.burials.flush().await;
             self.notices.flush().await;
-            let leaving = places.iter().map(|place| async { drop(keeper::leave(&self.link, place, &[&self.consumer, NOBODY]).await) });
+            let leaving =
+                places.iter().map(|place| async { drop(keeper::leave(&self.link, place, &[&self.consumer, NOBODY]).await) });
             futures::future::join_all(leaving).await;
         };
         let until = until.max(Instant::now() + LAST_WORDS);
@@ -416,28 +421,26 @@ pub(crate) struct Letters {
 
 impl Letters {
     /// Publishes a letter, however often that takes, until the instance is closed. Returns whether it is there.
-    pub(crate) fn bury(self, to: Topic, letter: Event) -> impl Future<Output = bool> + Send {
-        async move {
-            let stream: Arc<str> = self.keys.stream(&to).into();
-            let json = match wire::encode(&letter) {
-                Ok(json) => Bytes::from(json),
-                Err(error) => {
-                    tracing::warn!(topic = %to, %error, "a dead letter cannot be written");
-                    return true; // it never can
-                }
-            };
-            let mut pause = Pause::new();
-            loop {
-                match self.writer.publish(stream.clone(), vec![json.clone()], Instant::now() + self.within).await {
-                    Ok(_) => return true,
-                    Err(failed) if failed.fault.is_temporary() && !self.is_closed() => {}
-                    Err(failed) => {
-                        tracing::warn!(topic = %to, fault = %failed.fault, "a dead letter was not published; its event stays pending");
-                        return false;
-                    }
-                }
-                tokio::time::sleep(pause.next()).await;
+    pub(crate) async fn bury(self, to: Topic, letter: Event) -> bool {
+        let stream: Arc<str> = self.keys.stream(&to).into();
+        let json = match wire::encode(&letter) {
+            Ok(json) => Bytes::from(json),
+            Err(error) => {
+                tracing::warn!(topic = %to, %error, "a dead letter cannot be written");
+                return true; // it never can
             }
+        };
+        let mut pause = Pause::new();
+        loop {
+            match self.writer.publish(stream.clone(), vec![json.clone()], Instant::now() + self.within).await {
+                Ok(_) => return true,
+                Err(failed) if failed.fault.is_temporary() && !self.is_closed() => {}
+                Err(failed) => {
+                    tracing::warn!(topic = %to, fault = %failed.fault, "a dead letter was not published; its event stays pending");
+                    return false;
+                }
+            }
+            tokio::time::sleep(pause.next()).await;
         }
     }
 

@@ -272,7 +272,8 @@ impl Task {
         let call = call.number(self.retention.add.len() as u64);
         let call = self.retention.add.iter().cloned().fold(call, Cmd::arg);
         let call = lane.events.iter().fold(call, |call, (number, event)| call.number(*number).arg(event.clone()));
-        let ids: Vec<_> = reply::array(self.link.eval(&ADD_MISSING, call).await?)?.iter().map(reply::id).collect::<Result<_, _>>()?;
+        let ids: Vec<_> =
+            reply::array(self.link.eval(&ADD_MISSING, call).await?)?.iter().map(reply::id).collect::<Result<_, _>>()?;
         for command in self.retention.upkeep(&lane.stream) {
             self.link.call(command).await?;
         }
@@ -341,7 +342,9 @@ mod tests {
         Open { job, number: 100, ids: vec![EntryId::ZERO; written] }
     }
 
-    fn shape(open: impl IntoIterator<Item = Open>) -> Vec<(String, Vec<u64>, Vec<(usize, usize)>)> {
+    type Shape = (String, Vec<u64>, Vec<(usize, usize)>);
+
+    fn shape(open: impl IntoIterator<Item = Open>) -> Vec<Shape> {
         let lanes = next_lanes(&open.into_iter().collect()).into_iter();
         lanes.map(|lane| (lane.stream.to_string(), lane.events.iter().map(|(n, _)| *n).collect(), lane.parts)).collect()
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fred::types::Value;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::RedisBuilder;
 use crate::errors::Fault;
@@ -23,8 +23,8 @@ const INTERRUPT_AGAIN: Duration = Duration::from_millis(2);
 /// How long saying goodbye may take.
 const GOODBYE: Duration = Duration::from_millis(200);
 
-/// How long a reader keeps its connection when nobody is left to read for.
-pub(crate) const IDLE: Duration = Duration::from_millis(500);
+/// How long a subscription that ends waits for what it needed to be gone, too.
+pub(crate) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Whether a reader has its connection, for those who wait for it.
 #[derive(Debug)]
@@ -56,6 +56,15 @@ impl Door {
     pub(crate) fn failed(&self, fault: &Fault) {
         if !fault.is_temporary() {
             self.0.send_replace(Connection::Refused(fault.clone()));
+        }
+    }
+
+    /// Waits until the connection is closed, or somebody needs it.
+    pub(crate) async fn closed(&self, needed: impl Fn() -> bool) {
+        let mut connection = self.0.subscribe();
+        while !needed() && matches!(*connection.borrow_and_update(), Connection::Open) {
+            // Who needs it does not ring here.
+            let _ = timeout(INTERRUPT_AGAIN, connection.changed()).await;
         }
     }
 

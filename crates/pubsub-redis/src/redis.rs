@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use fred::types::config::{Config, ServerConfig};
 use pubsub_core::{
     Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, Fate, GroupStatus, Groups, LateSettlement,
     LeaseProvider, LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status,
@@ -45,19 +46,27 @@ static REMOVE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scr
 pub struct RedisStreamsPubSub(Arc<Node>);
 
 impl RedisStreamsPubSub {
-    /// Configures an instance on the server a URL names: `redis://[user:password@]host[:port][/database]`.
+    /// Configures an instance on the server at this host and port.
+    pub fn builder(host: impl Into<String>, port: u16) -> RedisBuilder {
+        RedisBuilder::new(Config { server: ServerConfig::new_centralized(host.into(), port), ..Config::default() })
+    }
+
+    /// Configures an instance on the server that a URL names: `redis://[user:password@]host[:port][/database]`, and `rediss://` for TLS
+    /// where the cargo feature `tls` is on.
     ///
     /// # Errors
     /// `InvalidOption`, which does not quote the URL: it may hold a password.
-    pub fn builder(url: &str) -> Result<RedisBuilder> {
-        let config = fred::types::config::Config::from_url(url);
+    pub fn from_url(url: &str) -> Result<RedisBuilder> {
+        if url.starts_with("rediss:") && !cfg!(feature = "tls") {
+            return Err(Error::invalid_option("url", "`rediss:` needs the cargo feature `tls` of pubsub-redis"));
+        }
         let refuse = |_| Error::invalid_option("url", "is no `redis://[user:password@]host[:port][/database]`");
-        Ok(RedisBuilder::new(config.map_err(refuse)?))
+        Ok(RedisBuilder::new(Config::from_url_centralized(url).map_err(refuse)?))
     }
 
-    /// Configures an instance on the server that a configuration of fred names: for clusters, sentinels, TLS of one's own.
-    /// Its protocol version and what it does on blocking are set here.
-    pub fn from_config(config: fred::types::config::Config) -> RedisBuilder {
+    /// Configures an instance on what a configuration of fred names: TLS of one's own, sentinels, anything fred connects to. Its protocol
+    /// version and what it does at the first connection are set here.
+    pub fn from_config(config: Config) -> RedisBuilder {
         RedisBuilder::new(config)
     }
 
@@ -87,11 +96,12 @@ impl RedisStreamsPubSub {
     ) -> Result<T> {
         let (until, mut pause) = (Instant::now() + self.0.options().command_timeout, Pause::new());
         loop {
-            let fault = match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(fault)) => fault,
-                Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
-            };
+            let fault =
+                match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
+                    Ok(Ok(answer)) => return Ok(answer),
+                    Ok(Err(fault)) => fault,
+                    Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
+                };
             let again = Instant::now() + pause.next();
             if !fault.is_temporary() || again >= until {
                 return Err(Error::from(fault).during(operation).on(topic));

@@ -101,7 +101,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_an_error() {
-        for nonsense in [Value::Integer(1), list([1.into()]), list(["x".into(), Value::Null]), list([list(["1".into(), Value::Null])])] {
+        for nonsense in
+            [Value::Integer(1), list([1.into()]), list(["x".into(), Value::Null]), list([list(["1".into(), Value::Null])])]
+        {
             assert!(entries(nonsense).is_err());
         }
         assert!(tuple::<2>(list([])).is_err() && pairs(list(["a".into()])).is_err() && number(&"x".into()).is_err());

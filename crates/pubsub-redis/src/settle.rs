@@ -132,7 +132,9 @@ impl Settler {
         let command = Cmd::new("XACK").key(&place.stream).arg(place.group.as_str());
         let command = batch.iter().fold(command, |command, open| command.arg(open.what().id.to_string()));
         match self.link.call(command).await {
-            Ok(count) if count.as_u64() == Some(batch.len() as u64) => batch.into_iter().for_each(|open| open.answer(Settled::Done)),
+            Ok(count) if count.as_u64() == Some(batch.len() as u64) => {
+                batch.into_iter().for_each(|open| open.answer(Settled::Done));
+            }
             // Some were not pending any more: which, nobody says.
             Ok(_) => drop(batch),
             Err(fault) if fault.is("NOGROUP") || !fault.is_temporary() => drop(batch),
@@ -152,7 +154,9 @@ impl Settler {
                 let Notice { id, count, what, .. } = open.what();
                 match what {
                     What::Done { .. } => words(call, "done", *id, [*count, 0, 0]),
-                    What::Free { due, count: counts } => words(call, "free", *id, [*count, *counts, idle_for(*due, now, self.reclaim)]),
+                    What::Free { due, count: counts } => {
+                        words(call, "free", *id, [*count, *counts, idle_for(*due, now, self.reclaim)])
+                    }
                     What::Keep => words(call, "keep", *id, [*count, 0, 0]),
                 }
             });

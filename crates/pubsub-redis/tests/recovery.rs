@@ -73,7 +73,7 @@ fn main() -> ExitCode {
 }
 
 fn builder(url: &str) -> RedisBuilder {
-    let builder = RedisStreamsPubSub::builder(url).unwrap().reclaim_after(RECLAIM).linger(Duration::from_millis(50));
+    let builder = RedisStreamsPubSub::from_url(url).unwrap().reclaim_after(RECLAIM).linger(Duration::from_millis(50));
     builder.command_timeout(Duration::from_secs(3)).publish_timeout(Duration::from_secs(5))
 }
 
@@ -207,10 +207,8 @@ async fn emptied(server: Arc<Server>, how: &'static [&'static str]) {
 
 async fn group_destroyed(server: Arc<Server>) {
     let buses = [connect(&server).await, connect(&server).await];
-    let mut members = [
-        buses[0].subscribe_with("t", group("g")).await.unwrap(),
-        buses[1].subscribe_with("t", group("g")).await.unwrap(),
-    ];
+    let mut members =
+        [buses[0].subscribe_with("t", group("g")).await.unwrap(), buses[1].subscribe_with("t", group("g")).await.unwrap()];
     let (mut seen, mut expected) = (Vec::new(), Vec::new());
     for round in 0..3 {
         for number in 0..10 {
@@ -236,7 +234,12 @@ async fn group_destroyed(server: Arc<Server>) {
         buses[0].publish("t", Event::new(format!("{round}.x"))).await.unwrap();
     }
     let distinct: BTreeSet<_> = seen.iter().cloned().collect();
-    assert!(expected[..seen.len().min(expected.len()) - 1].iter().filter(|one| !one.starts_with('2')).all(|one| distinct.contains(one)));
+    assert!(
+        expected[..seen.len().min(expected.len()) - 1]
+            .iter()
+            .filter(|one| !one.starts_with('2'))
+            .all(|one| distinct.contains(one))
+    );
 }
 
 async fn wrong_password(server: Arc<Server>) {
@@ -268,7 +271,8 @@ async fn no_permission(server: Arc<Server>) {
 async fn wrong_type(server: Arc<Server>) {
     let bus = connect(&server).await;
     server.ask(&["SET", "mastra:topic:text", "x"]).unwrap();
-    let is_permanent = |kind: &ErrorKind| matches!(kind, ErrorKind::Backend(why) if why.contains("something else than a stream"));
+    let is_permanent =
+        |kind: &ErrorKind| matches!(kind, ErrorKind::Backend(why) if why.contains("something else than a stream"));
     let refused = timeout(Duration::from_secs(1), bus.publish("text", Event::new("x"))).await.expect("at once").unwrap_err();
     assert!(is_permanent(refused.kind()) && refused.fates() == [Fate::NotSent], "{refused:?}");
     for options in [SubscribeOptions::fan_out(), group("g")] {
@@ -409,7 +413,8 @@ async fn poison(server: Arc<Server>) {
     assert_eq!(deaths, 3, "as many as there are attempts");
     assert_eq!(handled, expected);
     let letters = bus.history("dead", Start::Earliest, 100).await.unwrap();
-    let given_up: Vec<_> = letters.entries.iter().map(|(_, letter)| (letter.event_type(), Origin::of(letter).unwrap().attempts)).collect();
+    let given_up: Vec<_> =
+        letters.entries.iter().map(|(_, letter)| (letter.event_type(), Origin::of(letter).unwrap().attempts)).collect();
     assert_eq!(given_up, [("poison", 3)]);
 }
 

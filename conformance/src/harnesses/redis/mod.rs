@@ -46,8 +46,8 @@ fn failed(error: io::Error) -> Error {
 
 /// How instances are configured.
 fn builder(url: &str, prefix: &str) -> Result<RedisBuilder> {
-    let builder = RedisStreamsPubSub::builder(url)?.prefix(prefix).reclaim_after(RECLAIM).linger(Duration::from_millis(50));
-    Ok(builder.command_timeout(Duration::from_secs(3)).publish_timeout(Duration::from_secs(3)))
+    let builder = RedisStreamsPubSub::from_url(url)?.prefix(prefix).reclaim_after(RECLAIM).linger(Duration::from_millis(50));
+    Ok(builder.command_timeout(Duration::from_secs(4)).publish_timeout(Duration::from_secs(6)))
 }
 
 impl RedisHarness {
@@ -76,7 +76,6 @@ impl RedisHarness {
         Ok(format!("redis://{}", self.running()?.proxy.address))
     }
 }
-
 
 #[async_trait]
 impl Harness for RedisHarness {

@@ -19,6 +19,9 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     runtime.expect("a runtime can be made")
 });
 
+/// How much is carried at a time.
+const PIECE: usize = 64 << 10;
+
 /// How many pieces are on their way at a time.
 const ON_THE_WAY: usize = 64;
 
@@ -78,12 +81,13 @@ async fn pass(
     let (send, mut on_the_way) = mpsc::channel::<(Instant, Bytes)>(ON_THE_WAY);
     let delays = weather.clone();
     let reading = async move {
-        let mut buffer = BytesMut::new();
+        let mut buffer = BytesMut::with_capacity(PIECE);
         while from.read_buf(&mut buffer).await.is_ok_and(|count| count > 0) {
             let due = Instant::now() + delays.borrow().delay;
             if send.send((due, buffer.split().freeze())).await.is_err() {
                 return;
             }
+            buffer.reserve(PIECE);
         }
     };
     let writing = async move {
