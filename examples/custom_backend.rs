@@ -88,6 +88,7 @@ impl Tiny {
     }
 
     fn check(&self, events: &[Arc<Event>], options: &PublishOptions) -> Result<()> {
+        self.check_open()?;
         options.validate()?;
         for event in events.iter().filter(|_| !options.local_only) {
             event.check_size(self.max_payload.unwrap_or(usize::MAX))?; // which also refuses a live value
@@ -120,6 +121,7 @@ impl PubSub for Tiny {
     }
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
+        self.check_open().map_err(|error| error.during("subscribe").on(topic))?;
         options.validate(topic, &self.capabilities())?;
         let on_end = {
             let (hub, topic) = (Arc::downgrade(&self.hub), topic.clone());
@@ -150,6 +152,7 @@ impl PubSub for Tiny {
     }
 
     async fn history(&self, topic: &Topic, _: Start, _: usize) -> Result<Page> {
+        self.check_open()?;
         Err(Error::unsupported(Capability::History).during("history").on(topic))
     }
 
@@ -188,8 +191,8 @@ impl PubSub for Tiny {
 
     async fn close(&self, within: Duration) -> Result<Closed> {
         self.status.send_replace(Status::Closed);
-        let close = async {
-            let queues: Vec<_> = self.hub.0.lock().values().flatten().cloned().collect();
+        let queues: Vec<_> = self.hub.0.lock().values().flatten().cloned().collect();
+        let end = async move {
             drop(timeout(within, join_all(queues.iter().map(|queue| queue.relieved(INSTANCE)))).await);
             let mut closed = Closed::default();
             for queue in queues {
@@ -198,7 +201,9 @@ impl PubSub for Tiny {
             }
             closed
         };
-        Ok(*self.closed.get_or_init(|| close).await)
+        // In a task of its own, so that a close that nobody waits for any more comes to its end too.
+        let end = || async { tokio::spawn(end).await.unwrap_or_default() };
+        Ok(*self.closed.get_or_init(end).await)
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {

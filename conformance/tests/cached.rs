@@ -4,9 +4,12 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pubsub_conformance::harnesses::{CachedHarness, EmitterHarness, RedisHarness, SlowRemoteHarness};
+use pubsub_conformance::harnesses::{CachedHarness, EmitterHarness, RedisHarness, SlowRemoteHarness, redis};
 
 fn main() -> ExitCode {
+    if redis::is_other_process() {
+        return redis::other_process();
+    }
     let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
     pubsub_conformance::main(
         Some(&expectations),

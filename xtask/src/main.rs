@@ -13,7 +13,8 @@ const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
   test                                            set up what tests need, then run every test
-  conformance [--backend NAME] [--json FILE]      run the delivery-semantics suite and print its matrix
+  conformance [--backend NAME] [--only ID] [--json FILE]
+                                                  run the delivery-semantics suite and print its matrix
   bench [--mimalloc] [--peers] [--backend NAME] [--json FILE]
                                                   measure ours, the limit and the peers in one run
   ci                                              everything that must hold: format, lints, documentation, tests,

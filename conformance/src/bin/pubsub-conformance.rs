@@ -36,6 +36,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool, String> {
+    let only = options.only.as_deref().map(str::to_uppercase);
     let (known, mut chosen_stores) = (harnesses::all(), harnesses::stores());
     let chosen: Vec<Arc<dyn Harness>> = if options.backends.is_empty() {
         known
@@ -54,7 +55,7 @@ fn run(options: &Options) -> Result<bool, String> {
     let mut as_expected = true;
     let mut reports = Vec::new();
     for harness in chosen {
-        let wanted = |id: &str| options.only.as_ref().is_none_or(|only| id.starts_with(only.as_str()));
+        let wanted = |id: &str| only.as_ref().is_none_or(|only| id.starts_with(only.as_str()));
         let (unavailable, missing) = (harness.unavailable(), pubsub_conformance::missing(&*harness));
         let report = Suite::new(harness).filter(|property| wanted(property.id())).run_blocking();
         as_expected &= report.failures().next().is_none();
@@ -75,13 +76,16 @@ fn run(options: &Options) -> Result<bool, String> {
     print_matrix(&reports);
     // Stores have properties of their own.
     for store in chosen_stores {
-        let report = stores::run(&store, options.only.as_deref().unwrap_or_default());
+        let report = stores::run(&store, only.as_deref().unwrap_or_default());
         as_expected &= report.failures().next().is_none();
         if !report.properties().is_empty() {
             println!();
             print_matrix(std::slice::from_ref(&report));
             reports.push(report);
         }
+    }
+    if reports.iter().all(|report| report.properties().is_empty()) {
+        return Err(format!("no property's id begins with {:?}", options.only.as_deref().unwrap_or_default()));
     }
     if let Some(path) = &options.json {
         let list: Vec<_> = reports.iter().map(Report::to_json).collect();

@@ -46,7 +46,7 @@ pub trait ServerCache: Send + Sync + Debug + 'static {
     // Counters.
 
     /// Adds to the counter under a key, which begins at 0, and returns the sum, in one atomic step. With a `ttl` it lasts that long
-    /// from now. A counter is a value that reads as a decimal number.
+    /// from now; without, for as long as it would have. A counter is a value that reads as a decimal number.
     ///
     /// # Errors
     /// `InvalidName` for the key, `InvalidOption` if it holds no number or the sum is beyond an `i64`, and what the store refuses.
@@ -55,7 +55,7 @@ pub trait ServerCache: Send + Sync + Debug + 'static {
     // Lists.
 
     /// Appends to the list under a key and returns its new length, in one atomic step. With a `ttl` the list lasts that long from
-    /// now.
+    /// now; without, for as long as it would have.
     ///
     /// # Errors
     /// `InvalidName` for the key, `InvalidOption` if it holds a value, and what the store refuses.
@@ -73,7 +73,8 @@ pub trait ServerCache: Send + Sync + Debug + 'static {
     /// kept, each with its [`index`](Event::index): dense within the log's generation, and 0 for the first of it.
     ///
     /// An event whose id the log still has, within [`deduplication`](Self::deduplication), is not kept again: its kept copy is
-    /// returned in its place. An index that a given event has is no matter.
+    /// returned in its place, also when it is given twice in one call. An index that a given event has is no matter. No events at all
+    /// is `Ok`.
     ///
     /// # Errors
     /// `NotSerializable` if an event cannot be kept, `TooLarge` if it never could, and what the store refuses. After `Timeout` and
@@ -87,19 +88,22 @@ pub trait ServerCache: Send + Sync + Debug + 'static {
         None
     }
 
-    /// Reads up to `limit` events of a topic's log from an index on, oldest first. A limit of 0 reads where the log begins and ends.
+    /// Reads up to `limit` events of a topic's log from an index on, oldest first: from the oldest there is if that is later, and none
+    /// from its end on. A limit of 0 reads where the log begins and ends.
     ///
     /// # Errors
     /// `Decode` if what is kept cannot be read, and what the store refuses.
     async fn read(&self, topic: &Topic, from: u64, limit: usize) -> Result<LogPage>;
 
-    /// Forgets a topic's log and ends its generation: what is appended from now on is numbered from 0 in a later one.
+    /// Forgets a topic's log and ends its generation: what is appended from now on is numbered from 0 in a later one. `Ok` where there
+    /// is no log.
     ///
     /// # Errors
     /// What the store refuses.
     async fn clear(&self, topic: &Topic) -> Result<()>;
 
-    /// Forgets those events of a topic's log that match, and returns how many. The others keep their indices.
+    /// Forgets those events of a topic's log that match, and returns how many. The others keep their indices, and the log its
+    /// [floor](LogPage::floor).
     ///
     /// # Errors
     /// What the store refuses.

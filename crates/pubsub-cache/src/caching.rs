@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::carried::Carried;
 use crate::letters::Letters;
-use crate::place::{Scopes, first_of, history};
+use crate::place::{Scopes, first_of, history, is_of};
 use crate::sequence::Sequence;
 use crate::watch::{Held, Log, MEMBER, PAGE, Watch, Watched};
 use crate::{CachingBuilder, Generation, LogPage, OnStoreFailure, ServerCache};
@@ -250,6 +250,41 @@ impl Instance {
         self.conclude(&topic, &kept, published)
     }
 
+    /// Where a group's start by index, or behind a cursor of ours, lies on the bus below: behind the last event there that has a lower
+    /// index. Other starts are the same there.
+    async fn start_below(&self, topic: &Topic, options: &SubscribeOptions) -> Result<Option<Start>> {
+        let own = match &options.start {
+            Some(start @ Start::Index(_)) => start,
+            Some(start @ Start::After(cursor)) if is_of(topic, cursor) => start,
+            start => return Ok(start.clone()),
+        };
+        let log = self.log(topic).read_once(0, 0).await?;
+        let first = match (first_of(topic, own, &log), options.on_gap) {
+            (Ok(first), _) => first,
+            (Err(_), OnGap::Earliest) => return Ok(Some(Start::Earliest)),
+            (Err(gap), OnGap::Fail) => return Err(ErrorKind::Gap(gap).into()),
+        };
+        let lower = |event: &Event| {
+            let place = event.index().filter(|place| Some(Generation::from_index(place.generation)) == log.generation)?;
+            Some(place.index < first)
+        };
+        let (mut start, mut from) = (Start::Earliest, Start::Earliest);
+        loop {
+            let page = self.inner.history(topic, from, PAGE).await?;
+            for (cursor, event) in page.entries {
+                match lower(&event) {
+                    Some(true) => start = Start::After(cursor),
+                    Some(false) => return Ok(Some(start)),
+                    None => {}
+                }
+            }
+            match page.next {
+                Some(next) => from = Start::After(next),
+                None => return Ok(Some(start)),
+            }
+        }
+    }
+
     /// A fan-out subscription on a topic that is kept.
     async fn watch(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         let timer = self.timer()?;
@@ -399,14 +434,19 @@ impl PubSub for CachingPubSub {
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         self.0.check_open("subscribe", topic)?;
-        let kept = self.0.caches(topic);
-        if kept && (options.group.is_none() || matches!(options.start, Some(Start::Index(_)))) {
-            options.validate(topic, &self.0.capabilities)?;
-        }
-        if !kept || options.group.is_some() {
+        if !self.0.caches(topic) {
             return self.0.inner.subscribe(topic, options).await;
         }
-        self.0.watch(topic, options).await
+        if options.group.is_none() {
+            options.validate(topic, &self.0.capabilities)?;
+            return self.0.watch(topic, options).await;
+        }
+        if matches!(options.start, Some(Start::Index(_))) {
+            options.validate(topic, &self.0.capabilities)?;
+        }
+        let mut options = options;
+        options.start = self.0.start_below(topic, &options).await.map_err(|error| error.during("subscribe").on(topic))?;
+        self.0.inner.subscribe(topic, options).await
     }
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {

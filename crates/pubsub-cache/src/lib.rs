@@ -42,7 +42,8 @@
 //!   has forgotten for a bound is told by the next delivery ([`lagged`](pubsub_core::Delivery::lagged)). Of events without an index
 //!   that a full queue dropped, up to 256 go untold: they cannot be told from what the log has. A watch begins at the head of the log,
 //!   at its oldest event, at an index, or behind a cursor; retries stay within the subscription.
-//! - **A group** passes through to the bus below unchanged, its start and its cursors too. Its deliveries bear their indices.
+//! - **A group** passes through to the bus below. Its deliveries bear their indices; a start by index, or behind a cursor of the log, is
+//!   looked up in the history below, where there is one. Cursors of its deliveries are those of the bus below.
 //! - **Local-only events**, and topics that [`should_cache`](CachingBuilder::should_cache) leaves out, pass by: not kept, not
 //!   numbered. A watch hands them over as they come.
 //! - **Clearing** a topic starts a new generation. A watch goes on at its 0, and what was published before the clear and comes behind

@@ -1,8 +1,10 @@
 //! What somebody may have meant.
 
-/// The known name that takes the fewest edits to get to; of equals the first.
+/// The known name that takes the fewest edits to get to, of equals the first, if those are few enough for it to be meant: at most
+/// every second character, and three.
 pub(crate) fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    known.into_iter().min_by_key(|known| distance(given, known))
+    let near = known.into_iter().map(|known| (distance(given, known), known)).min_by_key(|(edits, _)| *edits);
+    near.filter(|(edits, known)| *edits <= 3 && 2 * edits <= known.chars().count()).map(|(_, known)| known)
 }
 
 /// The Levenshtein distance: how many characters must be added, removed or replaced.
@@ -32,5 +34,6 @@ mod tests {
         }
         assert_eq!(nearest("memroy", ["redis", "memory"]), Some("memory"));
         assert_eq!(nearest("x", []), None);
+        assert_eq!((nearest("kafka", ["unix"]), nearest("foo", ["replay", "leases"])), (None, None));
     }
 }

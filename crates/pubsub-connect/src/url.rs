@@ -251,7 +251,10 @@ impl BusUrl {
         };
         let why = match nearest(unknown, self.asked.iter().copied()) {
             Some(near) => format!("is unknown; the nearest known option is `{near}`"),
-            None => "is unknown; there are no options".to_owned(),
+            None => format!(
+                "is unknown; the options are {}",
+                self.asked.iter().map(|one| format!("`{one}`")).collect::<Vec<_>>().join(", ")
+            ),
         };
         Err(Error::invalid_option(unknown.clone(), why))
     }

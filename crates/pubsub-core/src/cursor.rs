@@ -166,10 +166,10 @@ pub enum Gap {
 impl fmt::Display for Gap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Trimmed { missed: Some(n) } => write!(f, "{n} events behind the position are no longer retained"),
-            Self::Trimmed { missed: None } => f.write_str("events behind the position are no longer retained"),
+            Self::Trimmed { missed: Some(n) } => write!(f, "{n} events after the position are no longer retained"),
+            Self::Trimmed { missed: None } => f.write_str("events after the position are no longer retained"),
             Self::Ahead => f.write_str("the position lies beyond the newest event"),
-            Self::OtherGeneration => f.write_str("the position is from before the topic was cleared"),
+            Self::OtherGeneration => f.write_str("the topic was cleared, or its store lost, since the position was given"),
             Self::OtherBus => f.write_str("the position belongs to another bus or topic"),
         }
     }

@@ -60,7 +60,7 @@ pub enum ErrorKind {
     },
 
     // The state of the world.
-    /// A queue stayed full for the whole publish time-out; the events it concerns were not sent.
+    /// A queue stayed full for the whole publish time-out. [`PublishError::fates`] tells which events were not sent.
     Full,
     /// The position asked for cannot be resumed from; the gap says why.
     Gap(Gap),

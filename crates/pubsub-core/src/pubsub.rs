@@ -23,7 +23,7 @@ pub trait PubSub: Send + Sync + Debug + 'static {
     /// What this backend, as configured, can do. Constant for the life of the instance.
     fn capabilities(&self) -> Capabilities;
 
-    /// Publishes stamped events to a topic, in order (clauses P1 to P7). An empty slice is `Ok`.
+    /// Publishes stamped events to a topic, in order (clauses P1 to P7). An empty slice is `Ok` while the bus is open.
     ///
     /// Dropping the future leaves each event either taken or not, never half.
     ///
