@@ -13,6 +13,8 @@ pub(crate) enum Fault {
     Unknown(String),
     /// The credentials were refused.
     Auth(String),
+    /// It was not sent: too much waits already.
+    Full,
     /// An answer that makes no sense.
     Nonsense(&'static str),
 }
@@ -30,7 +32,7 @@ impl Fault {
 
     /// Whether the command may have been carried out.
     pub(crate) fn is_unknown(&self) -> bool {
-        !matches!(self, Self::Refused(_) | Self::Auth(_))
+        !matches!(self, Self::Refused(_) | Self::Auth(_) | Self::Full)
     }
 }
 
@@ -66,6 +68,7 @@ fn has_code(details: &str) -> bool {
 fn kind(fault: &Fault) -> ErrorKind {
     match fault {
         Fault::Auth(_) => ErrorKind::Denied,
+        Fault::Full => ErrorKind::Full,
         Fault::Unknown(_) => ErrorKind::Unavailable,
         Fault::Nonsense(why) => ErrorKind::Backend((*why).into()),
         Fault::Refused(text) => match text.split([' ', ':']).next().unwrap_or_default() {
@@ -93,6 +96,7 @@ impl fmt::Display for Cause {
         match &self.0 {
             Fault::Refused(text) | Fault::Unknown(text) | Fault::Auth(text) => f.write_str(text),
             Fault::Nonsense(why) => f.write_str(why),
+            Fault::Full => f.write_str("too many publish calls wait"),
         }
     }
 }

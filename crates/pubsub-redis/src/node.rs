@@ -432,7 +432,7 @@ impl Letters {
         };
         let mut pause = Pause::new();
         loop {
-            match self.writer.publish(stream.clone(), vec![json.clone()], Instant::now() + self.within).await {
+            match self.writer.publish(stream.clone(), vec![json.clone()], self.within, Instant::now() + self.within).await {
                 Ok(_) => return true,
                 Err(failed) if failed.fault.is_temporary() && !self.is_closed() => {}
                 Err(failed) => {

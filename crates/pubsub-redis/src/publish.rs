@@ -63,14 +63,21 @@ impl Writer {
         Self(sender)
     }
 
-    /// Writes events to a stream and returns their ids. Once this waits for the answer they are written whether or not anybody waits.
-    pub(crate) async fn publish(&self, stream: Arc<str>, events: Vec<Bytes>, until: Instant) -> Result<Vec<EntryId>, Failed> {
+    /// Writes events to a stream and returns their ids; waits to be taken for this long at most, and for all of it until then. Once it
+    /// waits for the answer they are written whether or not anybody waits.
+    pub(crate) async fn publish(
+        &self,
+        stream: Arc<str>,
+        events: Vec<Bytes>,
+        wait: Duration,
+        until: Instant,
+    ) -> Result<Vec<EntryId>, Failed> {
         let (count, claimed) = (events.len(), Arc::new(AtomicBool::new(false)));
         let not_sent = |why: &str| Failed { fault: Fault::Unknown(why.into()), published: 0, unknown: 0 };
         let (reply, answer) = oneshot::channel();
         let job = Job { stream, events, claimed: claimed.clone(), reply };
-        match timeout_at(until, self.0.send(job)).await {
-            Err(_) => return Err(not_sent("the writer did not take it within publish_timeout")),
+        match timeout_at(until.min(Instant::now() + wait), self.0.send(job)).await {
+            Err(_) => return Err(Failed { fault: Fault::Full, published: 0, unknown: 0 }),
             Ok(Err(_)) => return Err(not_sent("the connection was closed")),
             Ok(Ok(())) => {}
         }

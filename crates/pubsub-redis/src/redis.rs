@@ -251,8 +251,9 @@ impl PubSub for RedisStreamsPubSub {
         let node = &self.0;
         let stream = node.channel(topic).map_or_else(|| node.keys().stream(topic).into(), |channel| channel.stream.clone());
         let scope = node.channel(topic).map_or_else(|| node.scope(topic), |channel| channel.scope.clone());
-        let until = Instant::now() + node.options().publish_timeout;
-        match node.writer().publish(stream, encoded, until).await {
+        let patience = node.options().publish_timeout;
+        let wait = options.timeout.unwrap_or(patience);
+        match node.writer().publish(stream, encoded, wait, Instant::now() + patience).await {
             Ok(ids) => {
                 let cursors = ids.into_iter().map(|id| Cursor::new(scope.clone(), id.position()));
                 Ok(cursors.collect::<Vec<_>>().into())

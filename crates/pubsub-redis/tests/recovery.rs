@@ -209,13 +209,14 @@ async fn group_destroyed(server: Arc<Server>) {
     let buses = [connect(&server).await, connect(&server).await];
     let mut members =
         [buses[0].subscribe_with("t", group("g")).await.unwrap(), buses[1].subscribe_with("t", group("g")).await.unwrap()];
-    let (mut seen, mut expected) = (Vec::new(), Vec::new());
+    let (mut seen, mut expected) = (BTreeSet::new(), BTreeSet::new());
     for round in 0..3 {
         for number in 0..10 {
-            expected.push(format!("{round}.{number}"));
+            expected.insert(format!("{round}.{number}"));
             buses[0].publish("t", Event::new(format!("{round}.{number}"))).await.unwrap();
         }
-        while seen.len() < expected.len() {
+        // Some may come twice: whoever makes the group anew knows only what it has read itself.
+        while seen != expected {
             let [one, other] = &mut members;
             let delivery = tokio::select! {
                 delivery = one.next() => delivery,
@@ -223,23 +224,16 @@ async fn group_destroyed(server: Arc<Server>) {
                 () = sleep(PATIENCE) => panic!("round {round}: {} of {}", seen.len(), expected.len()),
             };
             let delivery = delivery.unwrap().unwrap();
-            seen.push(delivery.event().event_type().to_owned());
+            seen.insert(delivery.event().event_type().to_owned());
             drop(delivery.done());
         }
         buses[0].flush().await.unwrap();
         buses[1].flush().await.unwrap();
         server.ask(&["XGROUP", "DESTROY", "mastra:topic:t", "g"]).unwrap();
         // Published before anybody has made the group anew.
-        expected.push(format!("{round}.x"));
+        expected.insert(format!("{round}.x"));
         buses[0].publish("t", Event::new(format!("{round}.x"))).await.unwrap();
     }
-    let distinct: BTreeSet<_> = seen.iter().cloned().collect();
-    assert!(
-        expected[..seen.len().min(expected.len()) - 1]
-            .iter()
-            .filter(|one| !one.starts_with('2'))
-            .all(|one| distinct.contains(one))
-    );
 }
 
 async fn wrong_password(server: Arc<Server>) {
