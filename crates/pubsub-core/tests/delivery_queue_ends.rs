@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::*;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, Entry, Timer};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
 use pubsub_core::{Event, Origin, Overflow, Payload, RetryPolicy, Settled, SubscribeOptions, Subscription, Topic};
 
 // Exhaustion.
@@ -415,4 +415,70 @@ async fn a_queue_that_is_gone_leaves_nothing_with_the_timer() {
     let told = format!("{:?}", bench.timer);
     let digits: String = told.chars().filter(char::is_ascii_digit).collect();
     assert!(digits.parse::<u32>().unwrap() < 1000, "{told}");
+}
+
+/// An executor whose tasks cannot be woken without a panic.
+struct Faulty;
+
+impl std::task::Wake for Faulty {
+    fn wake(self: Arc<Self>) {
+        panic!("told to");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_harms_only_its_own_task() {
+    let bench = Bench::new();
+    let faulty = std::task::Waker::from(Arc::new(Faulty));
+    let mut faulty = std::task::Context::from_waker(&faulty);
+    let asks = |subscription: &mut Subscription, cx: &mut std::task::Context<'_>| {
+        assert!(subscription.poll_next_unpin(cx).is_pending())
+    };
+
+    // Woken by a publisher, which has others to wake as well.
+    let (bad, mut bad_member) = bench.fan_out(SubscribeOptions::fan_out());
+    let (good, mut good_member) = bench.fan_out(SubscribeOptions::fan_out());
+    asks(&mut bad_member, &mut faulty);
+    let waiting = tokio::spawn(async move { number(&next(&mut good_member).await) });
+    tokio::time::sleep(millis(1)).await;
+    let mut aftermath = Aftermath::new();
+    bad.push(entries([1]), &mut aftermath);
+    good.push(entries([1]), &mut aftermath);
+    aftermath.finish();
+    assert_eq!(soon(waiting).await.unwrap(), 1);
+    assert_eq!(number(&ready(&mut bad_member).unwrap()), 1);
+
+    // Woken by the timer, which has others to call.
+    let (_bad, mut bad_member) = bench.fan_out(by_hand().retry(patient(millis(10))));
+    let (good, mut good_member) = bench.fan_out(by_hand().retry(patient(millis(10))));
+    for (queue, member) in [(&_bad, &mut bad_member), (&good, &mut good_member)] {
+        push(queue, [2]);
+        drop(ready(member).unwrap().retry());
+    }
+    asks(&mut bad_member, &mut faulty);
+    assert_eq!(next(&mut good_member).await.attempt(), 2);
+    drop(ready(&mut bad_member).unwrap().retry());
+    tokio::time::sleep(millis(100)).await;
+    assert_eq!(ready(&mut bad_member).expect("the timer goes on").attempt(), 3);
+}
+
+/// A sink that does not survive.
+struct Broken;
+
+impl DeadLetterSink for Broken {
+    fn take(&self, _topic: &Topic, _letter: Event) -> Option<BoxFuture<'static, ()>> {
+        panic!("told to");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sink_that_panics_leaves_nothing_to_wait_for() {
+    let bench = Bench::new();
+    let queue = DeliveryQueue::group(name("t"), name("g"), bench.timer.clone(), Arc::new(Broken));
+    let mut worker = join(&queue, HERE, member().dead_letter(name("dead")));
+    push(&queue, 0..2);
+    for _ in 0..2 {
+        drop(ready(&mut worker).unwrap().dead_letter("hopeless"));
+    }
+    soon(queue.drained()).await;
 }

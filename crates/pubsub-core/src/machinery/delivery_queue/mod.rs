@@ -85,10 +85,10 @@ impl Drop for Aftermath {
     #[inline]
     fn drop(&mut self) {
         if let Some(waker) = self.waker.take() {
-            waker.wake();
+            wake(waker);
         }
         if let Some(more) = self.more.take() {
-            more.wakers.into_iter().for_each(Waker::wake);
+            more.wakers.into_iter().for_each(wake);
             more.roomy.into_iter().for_each(|queue| queue.room.notify_waiters());
             discard(more.lost);
         }
@@ -610,7 +610,7 @@ impl DeliveryQueue {
             self.timer.call_at(when, me);
         }
         let Rare { wakers, letters, dropped } = rare.map_or_else(Rare::default, |rare| *rare);
-        waker.into_iter().chain(wakers).for_each(Waker::wake);
+        waker.into_iter().chain(wakers).for_each(wake);
         let receipt = letters.into_iter().map(|letter| self.bury(letter)).last();
         self.ring(room, drained);
         discard(dropped);
@@ -648,6 +648,13 @@ impl fmt::Debug for DeliveryQueue {
             .field("group", &self.group)
             .field("status", &self.status())
             .finish_non_exhaustive()
+    }
+}
+
+/// Wakes a consumer, which runs its executor's code: a panic there concerns neither the others nor whoever has to wake them.
+fn wake(waker: Waker) {
+    if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+        tracing::error!("a consumer's waker panicked");
     }
 }
 

@@ -1,5 +1,6 @@
 //! What consumers do with deliveries, and what time does to them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
@@ -71,7 +72,11 @@ impl DeliveryQueue {
             return Receipt::ready(Settled::Done);
         };
         let letter = dead_letter(&event, &self.topic, group, attempts, &reason);
-        let Some(taking) = self.sink.take(&target, letter) else {
+        let take = AssertUnwindSafe(|| self.sink.take(&target, letter));
+        let Some(taking) = catch_unwind(take).unwrap_or_else(|_| {
+            tracing::error!(topic = %target, event = %event.id(), "a dead-letter sink panicked");
+            None
+        }) else {
             self.buried();
             return Receipt::ready(Settled::Done);
         };
