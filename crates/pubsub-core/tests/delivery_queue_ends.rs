@@ -482,3 +482,22 @@ async fn a_sink_that_panics_leaves_nothing_to_wait_for() {
     }
     soon(queue.drained()).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_the_next_member_gives_up_is_not_waited_for() {
+    let bench = Bench::new();
+    let queue = bench.group();
+    let mut lenient = join(&queue, HERE, member().retry(patient(millis(1))));
+    let mut strict = join(&queue, HERE, member().retry(RetryPolicy::new().max_attempts(1)));
+    push(&queue, [1]);
+    drop(ready(&mut lenient).unwrap().retry_after(Duration::ZERO));
+    let drained = tokio::spawn({
+        let queue = queue.clone();
+        async move { queue.drained().await }
+    });
+    tokio::time::sleep(millis(1)).await;
+    assert!(!drained.is_finished());
+    // The attempt is one too many for this member, and there is no dead-letter topic.
+    assert!(ready(&mut strict).is_none() && queue.is_drained());
+    tokio::time::timeout(millis(10), drained).await.expect("told at once, not when some deadline comes").unwrap();
+}

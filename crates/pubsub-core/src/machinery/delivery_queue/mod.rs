@@ -552,6 +552,7 @@ impl DeliveryQueue {
                 // Counted elsewhere: by a server, or by a member with a more patient policy.
                 let (options, attempts) = (options(&state), entry.attempt - 1);
                 state.give_up(entry, attempts, "attempts exhausted".into(), &options, &mut chores);
+                chores.drained = true;
                 drop(state);
                 self.finish(chores);
                 continue;
