@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
-use pubsub_core::{Event, Origin, Overflow, Payload, RetryPolicy, Settled, SubscribeOptions, Subscription, Topic};
+use pubsub_core::{Event, Filter, Origin, Overflow, Payload, RetryPolicy, Settled, SubscribeOptions, Subscription, Topic};
 
 // Exhaustion.
 
@@ -500,4 +500,80 @@ async fn what_the_next_member_gives_up_is_not_waited_for() {
     // The attempt is one too many for this member, and there is no dead-letter topic.
     assert!(ready(&mut strict).is_none() && queue.is_drained());
     tokio::time::timeout(millis(10), drained).await.expect("told at once, not when some deadline comes").unwrap();
+}
+
+/// What an application's own types may be within a closure or a task: something that looks at the queue when it goes.
+struct Looks(Arc<DeliveryQueue>, Arc<AtomicU32>);
+
+impl Drop for Looks {
+    fn drop(&mut self) {
+        self.0.status();
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl std::task::Wake for Looks {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// What a filter closes over goes with the last that refers to the subscription's options; what a task owns goes with its last waker.
+#[tokio::test(start_paused = true)]
+async fn filters_and_wakers_are_dropped_without_the_queues_lock() {
+    type Way = fn(&Arc<DeliveryQueue>, Subscription, std::task::Waker);
+    let ways: [(&str, Way); 5] = [
+        ("settled after it left", |queue, mut subscription, _| {
+            push(queue, [1]);
+            let delivery = ready(&mut subscription).unwrap();
+            drop(subscription);
+            drop(delivery.done());
+        }),
+        ("taken back after it left", |queue, mut subscription, _| {
+            push(queue, [1]);
+            let delivery = ready(&mut subscription).unwrap();
+            drop(subscription);
+            queue.revoke(HERE);
+            drop(delivery.done());
+        }),
+        ("asked anew by another task", |_, mut subscription, waker| {
+            assert!(subscription.poll_next_unpin(&mut std::task::Context::from_waker(&waker)).is_pending());
+            drop(waker);
+            assert!(ready(&mut subscription).is_none());
+        }),
+        ("found by another task", |queue, mut subscription, waker| {
+            let mut first = join(queue, HERE, member());
+            assert!(ready(&mut first).is_none());
+            assert!(subscription.poll_next_unpin(&mut std::task::Context::from_waker(&waker)).is_pending());
+            drop(waker);
+            push(queue, [1]); // wakes the one that waits longest
+            drop(ready(&mut subscription).unwrap().done());
+        }),
+        ("settled under a watch", |queue, mut subscription, waker| {
+            push(queue, [1]);
+            let delivery = ready(&mut subscription).unwrap();
+            {
+                let mut revoked = Box::pin(delivery.revoked());
+                assert!(revoked.poll_unpin(&mut std::task::Context::from_waker(&waker)).is_pending());
+                drop(waker);
+            }
+            drop(delivery.done());
+        }),
+    ];
+    for (way, act) in ways {
+        let runtime = tokio::runtime::Handle::current();
+        let (done, is_done) = std::sync::mpsc::channel();
+        // A thread of its own: what this test looks for is a deadlock.
+        std::thread::spawn(move || {
+            let _entered = runtime.enter();
+            let queue = Bench::new().group();
+            let count = Arc::new(AtomicU32::new(0));
+            let looks = || Looks(queue.clone(), count.clone());
+            let closed_over = looks();
+            let filter = Filter::predicate(move |_| closed_over.0.group_name().is_some());
+            let subscription = join(&queue, HERE, member().filter(filter));
+            act(&queue, subscription, Arc::new(looks()).into());
+            let _ = done.send(count.load(Ordering::SeqCst));
+        });
+        let dropped = is_done.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|_| panic!("{way}: it locked up"));
+        assert_eq!(dropped, 2, "{way}");
+    }
 }

@@ -517,23 +517,24 @@ impl DeliveryQueue {
     ) -> Poll<Option<Result<Delivery>>> {
         loop {
             let mut chores = Chores::default();
+            let _replaced; // dropped after the lock
             let mut state = self.state.lock();
             state.asks(token);
             let Some(member) = state.member(token) else { return Poll::Ready(None) };
             if mode == AckMode::Manual && member.held >= member.options.max_in_flight {
-                state.wait_for_hands(token, cx);
+                _replaced = state.wait_for_hands(token, cx);
                 state.wake(&mut chores); // meanwhile the work is for others
                 drop(state);
                 self.finish(chores);
                 return Poll::Pending;
             }
             let Some(entry) = state.next_for(token, stash) else {
-                state.park(token, cx);
+                _replaced = state.park(token, cx);
                 drop(state);
                 self.timer.go_on(); // what it waits for may have to come back first
                 return Poll::Pending;
             };
-            state.found(token);
+            _replaced = state.found(token);
             if self.group.is_none() && mode == AckMode::Auto && stash.is_empty() {
                 // Handing these over will need no lock.
                 let more = (take - 1).min(state.ready.len());
@@ -610,11 +611,12 @@ impl DeliveryQueue {
             let me: Weak<dyn Due> = self.me.clone();
             self.timer.call_at(when, me);
         }
-        let Rare { wakers, letters, dropped } = rare.map_or_else(Rare::default, |rare| *rare);
+        let Rare { wakers, letters, dropped, gone } = rare.map_or_else(Rare::default, |rare| *rare);
         waker.into_iter().chain(wakers).for_each(wake);
         let receipt = letters.into_iter().map(|letter| self.bury(letter)).last();
         self.ring(room, drained);
         discard(dropped);
+        drop(gone);
         receipt
     }
 
