@@ -577,3 +577,33 @@ async fn filters_and_wakers_are_dropped_without_the_queues_lock() {
         assert_eq!(dropped, 2, "{way}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn whoever_stops_a_subscription_second_goes_on_no_sooner_than_it_has_ended() {
+    let bench = Bench::new();
+    let (queue, subscription) = bench.fan_out(SubscribeOptions::fan_out());
+    let (told, stopped) = std::sync::mpsc::channel();
+    let stop = || {
+        let (handle, told) = (subscription.handle(), told.clone());
+        std::thread::spawn(move || {
+            handle.stop();
+            let _ = told.send(());
+        })
+    };
+    let mut stopping = Vec::new();
+    // Pushing keeps the queue busy: neither can have ended anything meanwhile.
+    let slow = std::iter::once_with(|| {
+        for _ in 0..2 {
+            stopping.push(stop());
+            assert!(
+                stopped.recv_timeout(millis(50)).is_err(),
+                "number {} was told that nothing comes any more",
+                stopping.len()
+            );
+        }
+        Entry::new(event(1))
+    });
+    push_entries(&queue, slow);
+    stopping.into_iter().for_each(|stop| stop.join().unwrap());
+    assert!(queue.is_ended());
+}
