@@ -261,7 +261,7 @@ impl<T: AsRef<Event>> Batcher<T> {
         if self.flush {
             return Due::Now;
         }
-        let full = self.counted >= self.policy.max_size || self.buffer.iter().any(|entry| entry.immediate);
+        let full = self.counted >= self.policy.max_size || self.has_immediate();
         let wanted = if full { Some(first.came) } else { self.policy.max_wait.map(|wait| first.came + wait) };
         let Some(wanted) = wanted else { return Due::Idle };
         let at = self.last_out.map_or(wanted, |last| wanted.max(last + self.policy.min_interval));
@@ -273,9 +273,7 @@ impl<T: AsRef<Event>> Batcher<T> {
     pub fn take(&mut self, now: Instant) -> (Vec<T>, Vec<T>) {
         let dropped = self.coalesce();
         let mut counted = 0;
-        let immediate = self.buffer.iter().any(|entry| entry.immediate);
-        let all = self.flush || immediate;
-        let end = if all {
+        let end = if self.flush || self.has_immediate() {
             self.buffer.len()
         } else {
             let over = |entry: &Entry<T>| {
@@ -291,6 +289,10 @@ impl<T: AsRef<Event>> Batcher<T> {
             self.last_out = Some(now);
         }
         (batch, dropped)
+    }
+
+    fn has_immediate(&self) -> bool {
+        self.buffer.len() > self.counted
     }
 
     fn drop_oldest(&mut self) -> Option<T> {

@@ -239,7 +239,9 @@ async fn keep(
     let mut pause = ttl / 3;
     loop {
         let Some(until) = *told.borrow() else { return };
-        tokio::time::sleep(pause).await;
+        // Sooner after a slow answer: what is left is to be enough for another, and for telling.
+        let left = until.saturating_duration_since(Instant::now());
+        tokio::time::sleep(pause.min(left / 2)).await;
         let asked = Instant::now();
         let still = match tokio::time::timeout_at(until, provider.renew(&key, &owner, ttl)).await {
             Ok(Ok(Some(lease))) if lease.token == token => {

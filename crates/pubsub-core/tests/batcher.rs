@@ -310,3 +310,17 @@ fn each_refusal_names_its_option() {
         assert!(matches!(error.kind(), ErrorKind::InvalidOption { option, .. } if option == named), "{named}: {error}");
     }
 }
+
+#[test]
+fn a_large_buffer_costs_no_search_with_every_event() {
+    // A hundred thousand times a hundred thousand would take minutes.
+    let started = std::time::Instant::now();
+    let mut batcher = Batcher::new(BatchPolicy::new().max_size(100_000).max_buffer_size(100_000)).unwrap();
+    let (now, event) = (Instant::now(), Arc::new(Event::new("x")));
+    for _ in 0..100_000 {
+        assert!(batcher.push(now, event.clone()).is_empty());
+        assert_ne!(batcher.due(now), Due::Idle);
+    }
+    assert_eq!(batcher.take(now).0.len(), 100_000);
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+}

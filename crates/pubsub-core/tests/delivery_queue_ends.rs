@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::*;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, Entry, Timer};
-use pubsub_core::{Event, Origin, Overflow, Payload, RetryPolicy, Settled, SubscribeOptions, Subscription, Topic};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
+use pubsub_core::{Event, Filter, Origin, Overflow, Payload, RetryPolicy, Settled, SubscribeOptions, Subscription, Topic};
 
 // Exhaustion.
 
@@ -415,4 +415,195 @@ async fn a_queue_that_is_gone_leaves_nothing_with_the_timer() {
     let told = format!("{:?}", bench.timer);
     let digits: String = told.chars().filter(char::is_ascii_digit).collect();
     assert!(digits.parse::<u32>().unwrap() < 1000, "{told}");
+}
+
+/// An executor whose tasks cannot be woken without a panic.
+struct Faulty;
+
+impl std::task::Wake for Faulty {
+    fn wake(self: Arc<Self>) {
+        panic!("told to");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_panics_harms_only_its_own_task() {
+    let bench = Bench::new();
+    let faulty = std::task::Waker::from(Arc::new(Faulty));
+    let mut faulty = std::task::Context::from_waker(&faulty);
+    let asks = |subscription: &mut Subscription, cx: &mut std::task::Context<'_>| {
+        assert!(subscription.poll_next_unpin(cx).is_pending())
+    };
+
+    // Woken by a publisher, which has others to wake as well.
+    let (bad, mut bad_member) = bench.fan_out(SubscribeOptions::fan_out());
+    let (good, mut good_member) = bench.fan_out(SubscribeOptions::fan_out());
+    asks(&mut bad_member, &mut faulty);
+    let waiting = tokio::spawn(async move { number(&next(&mut good_member).await) });
+    tokio::time::sleep(millis(1)).await;
+    let mut aftermath = Aftermath::new();
+    bad.push(entries([1]), &mut aftermath);
+    good.push(entries([1]), &mut aftermath);
+    aftermath.finish();
+    assert_eq!(soon(waiting).await.unwrap(), 1);
+    assert_eq!(number(&ready(&mut bad_member).unwrap()), 1);
+
+    // Woken by the timer, which has others to call.
+    let (_bad, mut bad_member) = bench.fan_out(by_hand().retry(patient(millis(10))));
+    let (good, mut good_member) = bench.fan_out(by_hand().retry(patient(millis(10))));
+    for (queue, member) in [(&_bad, &mut bad_member), (&good, &mut good_member)] {
+        push(queue, [2]);
+        drop(ready(member).unwrap().retry());
+    }
+    asks(&mut bad_member, &mut faulty);
+    assert_eq!(next(&mut good_member).await.attempt(), 2);
+    drop(ready(&mut bad_member).unwrap().retry());
+    tokio::time::sleep(millis(100)).await;
+    assert_eq!(ready(&mut bad_member).expect("the timer goes on").attempt(), 3);
+}
+
+/// A sink that does not survive.
+struct Broken;
+
+impl DeadLetterSink for Broken {
+    fn take(&self, _topic: &Topic, _letter: Event) -> Option<BoxFuture<'static, ()>> {
+        panic!("told to");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sink_that_panics_leaves_nothing_to_wait_for() {
+    let bench = Bench::new();
+    let queue = DeliveryQueue::group(name("t"), name("g"), bench.timer.clone(), Arc::new(Broken));
+    let mut worker = join(&queue, HERE, member().dead_letter(name("dead")));
+    push(&queue, 0..2);
+    for _ in 0..2 {
+        drop(ready(&mut worker).unwrap().dead_letter("hopeless"));
+    }
+    soon(queue.drained()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_next_member_gives_up_is_not_waited_for() {
+    let bench = Bench::new();
+    let queue = bench.group();
+    let mut lenient = join(&queue, HERE, member().retry(patient(millis(1))));
+    let mut strict = join(&queue, HERE, member().retry(RetryPolicy::new().max_attempts(1)));
+    push(&queue, [1]);
+    drop(ready(&mut lenient).unwrap().retry_after(Duration::ZERO));
+    let drained = tokio::spawn({
+        let queue = queue.clone();
+        async move { queue.drained().await }
+    });
+    tokio::time::sleep(millis(1)).await;
+    assert!(!drained.is_finished());
+    // The attempt is one too many for this member, and there is no dead-letter topic.
+    assert!(ready(&mut strict).is_none() && queue.is_drained());
+    tokio::time::timeout(millis(10), drained).await.expect("told at once, not when some deadline comes").unwrap();
+}
+
+/// What an application's own types may be within a closure or a task: something that looks at the queue when it goes.
+struct Looks(Arc<DeliveryQueue>, Arc<AtomicU32>);
+
+impl Drop for Looks {
+    fn drop(&mut self) {
+        self.0.status();
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl std::task::Wake for Looks {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// What a filter closes over goes with the last that refers to the subscription's options; what a task owns goes with its last waker.
+#[tokio::test(start_paused = true)]
+async fn filters_and_wakers_are_dropped_without_the_queues_lock() {
+    type Way = fn(&Arc<DeliveryQueue>, Subscription, std::task::Waker);
+    let ways: [(&str, Way); 5] = [
+        ("settled after it left", |queue, mut subscription, _| {
+            push(queue, [1]);
+            let delivery = ready(&mut subscription).unwrap();
+            drop(subscription);
+            drop(delivery.done());
+        }),
+        ("taken back after it left", |queue, mut subscription, _| {
+            push(queue, [1]);
+            let delivery = ready(&mut subscription).unwrap();
+            drop(subscription);
+            queue.revoke(HERE);
+            drop(delivery.done());
+        }),
+        ("asked anew by another task", |_, mut subscription, waker| {
+            assert!(subscription.poll_next_unpin(&mut std::task::Context::from_waker(&waker)).is_pending());
+            drop(waker);
+            assert!(ready(&mut subscription).is_none());
+        }),
+        ("found by another task", |queue, mut subscription, waker| {
+            let mut first = join(queue, HERE, member());
+            assert!(ready(&mut first).is_none());
+            assert!(subscription.poll_next_unpin(&mut std::task::Context::from_waker(&waker)).is_pending());
+            drop(waker);
+            push(queue, [1]); // wakes the one that waits longest
+            drop(ready(&mut subscription).unwrap().done());
+        }),
+        ("settled under a watch", |queue, mut subscription, waker| {
+            push(queue, [1]);
+            let delivery = ready(&mut subscription).unwrap();
+            {
+                let mut revoked = Box::pin(delivery.revoked());
+                assert!(revoked.poll_unpin(&mut std::task::Context::from_waker(&waker)).is_pending());
+                drop(waker);
+            }
+            drop(delivery.done());
+        }),
+    ];
+    for (way, act) in ways {
+        let runtime = tokio::runtime::Handle::current();
+        let (done, is_done) = std::sync::mpsc::channel();
+        // A thread of its own: what this test looks for is a deadlock.
+        std::thread::spawn(move || {
+            let _entered = runtime.enter();
+            let queue = Bench::new().group();
+            let count = Arc::new(AtomicU32::new(0));
+            let looks = || Looks(queue.clone(), count.clone());
+            let closed_over = looks();
+            let filter = Filter::predicate(move |_| closed_over.0.group_name().is_some());
+            let subscription = join(&queue, HERE, member().filter(filter));
+            act(&queue, subscription, Arc::new(looks()).into());
+            let _ = done.send(count.load(Ordering::SeqCst));
+        });
+        let dropped = is_done.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|_| panic!("{way}: it locked up"));
+        assert_eq!(dropped, 2, "{way}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_stops_a_subscription_second_goes_on_no_sooner_than_it_has_ended() {
+    let bench = Bench::new();
+    let (queue, subscription) = bench.fan_out(SubscribeOptions::fan_out());
+    let (told, stopped) = std::sync::mpsc::channel();
+    let stop = || {
+        let (handle, told) = (subscription.handle(), told.clone());
+        std::thread::spawn(move || {
+            handle.stop();
+            let _ = told.send(());
+        })
+    };
+    let mut stopping = Vec::new();
+    // Pushing keeps the queue busy: neither can have ended anything meanwhile.
+    let slow = std::iter::once_with(|| {
+        for _ in 0..2 {
+            stopping.push(stop());
+            assert!(
+                stopped.recv_timeout(millis(50)).is_err(),
+                "number {} was told that nothing comes any more",
+                stopping.len()
+            );
+        }
+        Entry::new(event(1))
+    });
+    push_entries(&queue, slow);
+    stopping.into_iter().for_each(|stop| stop.join().unwrap());
+    assert!(queue.is_ended());
 }

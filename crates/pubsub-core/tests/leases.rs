@@ -185,6 +185,23 @@ async fn a_renewal_counts_from_when_it_was_asked_for() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_lease_that_was_granted_slowly_is_renewed_or_lost_in_time() {
+    for mood in [Mood::Works, Mood::Hangs] {
+        let store = Arc::new(Store::default());
+        store.set(Mood::Late(TTL * 8 / 10));
+        let guard = guard(&store).await;
+        store.set(mood);
+        if mood == Mood::Works {
+            tokio::time::sleep(TTL).await;
+            assert!(guard.is_held() && guard.lost().now_or_never().is_none());
+        } else {
+            soon(guard.lost()).await;
+        }
+        assert_eq!(store.owner("k").as_deref(), Some("me"), "{mood:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_guard_survives_a_short_outage() {
     let store = Arc::new(Store::default());
     let guard = guard(&store).await;

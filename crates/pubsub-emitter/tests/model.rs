@@ -96,11 +96,18 @@ struct Queue {
     group: bool,
     ended: bool,
     ready: VecDeque<Item>,
-    local: BTreeMap<usize, VecDeque<Item>>,
+    local: BTreeMap<usize, Local>,
     returned: Vec<Item>,
     delayed: Vec<(Instant, Item)>,
     /// The instance of each member.
     members: BTreeMap<usize, usize>,
+}
+
+/// What is for one instance of a group only. What came back comes in any order, the rest in the order it was pushed.
+#[derive(Debug, Default)]
+struct Local {
+    ready: VecDeque<Item>,
+    returned: Vec<Item>,
 }
 
 impl Queue {
@@ -112,7 +119,7 @@ impl Queue {
         match item.only {
             Some(instance) if self.group => {
                 if self.has_member_of(instance) {
-                    self.local.entry(instance).or_default().push_front(item);
+                    self.local.entry(instance).or_default().returned.push(item);
                 }
             }
             _ => self.returned.push(item),
@@ -217,7 +224,7 @@ impl World {
                 let item = Item { event: *event, attempt: 1, only };
                 match only {
                     Some(instance) if !queue.has_member_of(instance) => {}
-                    Some(instance) if queue.group => queue.local.entry(instance).or_default().push_back(item),
+                    Some(instance) if queue.group => queue.local.entry(instance).or_default().ready.push_back(item),
                     _ => queue.ready.push_back(item),
                 }
             }
@@ -263,8 +270,7 @@ impl World {
         let full = manual && held >= IN_FLIGHT;
         let mut fresh: Vec<Item> = queue.ready.front().copied().into_iter().collect();
         if let Some(local) = queue.local.get(instance) {
-            // Retries come in any order, everything else in the order it was pushed.
-            fresh.extend(local.iter().filter(|item| item.attempt > 1).chain(local.iter().find(|item| item.attempt == 1)));
+            fresh.extend(local.returned.iter().chain(local.ready.front()));
         }
         let owed = !queue.returned.is_empty() || !fresh.is_empty();
         let Some(Some(Ok(delivery))) = next else {
@@ -282,7 +288,10 @@ impl World {
             queue.ready.pop_front().unwrap()
         } else {
             let local = queue.local.get_mut(instance).unwrap();
-            local.remove(local.iter().position(is).unwrap()).unwrap()
+            match local.returned.iter().position(is) {
+                Some(at) => local.returned.remove(at),
+                None => local.ready.pop_front().unwrap(),
+            }
         };
         if let Some(only) = item.only {
             assert_eq!(only, *instance, "local to another instance");

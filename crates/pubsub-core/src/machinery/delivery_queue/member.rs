@@ -23,8 +23,9 @@ pub(super) struct Membership {
 
 impl Membership {
     fn end(&self) {
+        // Also by whoever comes second: it must not go on before the first has left.
+        self.queue.leave(self.member);
         if !self.ended.swap(true, Ordering::AcqRel) {
-            self.queue.leave(self.member);
             (self.on_end)();
         }
     }

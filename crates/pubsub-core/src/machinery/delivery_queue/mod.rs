@@ -85,10 +85,10 @@ impl Drop for Aftermath {
     #[inline]
     fn drop(&mut self) {
         if let Some(waker) = self.waker.take() {
-            waker.wake();
+            wake(waker);
         }
         if let Some(more) = self.more.take() {
-            more.wakers.into_iter().for_each(Waker::wake);
+            more.wakers.into_iter().for_each(wake);
             more.roomy.into_iter().for_each(|queue| queue.room.notify_waiters());
             discard(more.lost);
         }
@@ -522,23 +522,24 @@ impl DeliveryQueue {
     ) -> Poll<Option<Result<Delivery>>> {
         loop {
             let mut chores = Chores::default();
+            let _replaced; // dropped after the lock
             let mut state = self.state.lock();
             state.asks(token);
             let Some(member) = state.member(token) else { return Poll::Ready(None) };
             if mode == AckMode::Manual && member.held >= member.options.max_in_flight {
-                state.wait_for_hands(token, cx);
+                _replaced = state.wait_for_hands(token, cx);
                 state.wake(&mut chores); // meanwhile the work is for others
                 drop(state);
                 self.finish(chores);
                 return Poll::Pending;
             }
             let Some(entry) = state.next_for(token, stash) else {
-                state.park(token, cx);
+                _replaced = state.park(token, cx);
                 drop(state);
                 self.timer.go_on(); // what it waits for may have to come back first
                 return Poll::Pending;
             };
-            state.found(token);
+            _replaced = state.found(token);
             if self.group.is_none() && mode == AckMode::Auto && stash.is_empty() {
                 // Handing these over will need no lock.
                 let more = (take - 1).min(state.ready.len());
@@ -557,6 +558,7 @@ impl DeliveryQueue {
                 // Counted elsewhere: by a server, or by a member with a more patient policy.
                 let (options, attempts) = (options(&state), entry.attempt - 1);
                 state.give_up(entry, attempts, "attempts exhausted".into(), &options, &mut chores);
+                chores.drained = true;
                 drop(state);
                 self.finish(chores);
                 continue;
@@ -614,11 +616,12 @@ impl DeliveryQueue {
             let me: Weak<dyn Due> = self.me.clone();
             self.timer.call_at(when, me);
         }
-        let Rare { wakers, letters, dropped } = rare.map_or_else(Rare::default, |rare| *rare);
-        waker.into_iter().chain(wakers).for_each(Waker::wake);
+        let Rare { wakers, letters, dropped, gone } = rare.map_or_else(Rare::default, |rare| *rare);
+        waker.into_iter().chain(wakers).for_each(wake);
         let receipt = letters.into_iter().map(|letter| self.bury(letter)).last();
         self.ring(room, drained);
         discard(dropped);
+        drop(gone);
         receipt
     }
 
@@ -653,6 +656,13 @@ impl fmt::Debug for DeliveryQueue {
             .field("group", &self.group)
             .field("status", &self.status())
             .finish_non_exhaustive()
+    }
+}
+
+/// Wakes a consumer, which runs its executor's code: a panic there concerns neither the others nor whoever has to wake them.
+fn wake(waker: Waker) {
+    if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+        tracing::error!("a consumer's waker panicked");
     }
 }
 

@@ -1,5 +1,6 @@
 //! What consumers do with deliveries, and what time does to them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
@@ -26,13 +27,17 @@ impl DeliveryQueue {
     }
 
     pub(super) fn poll_revoked(&self, token: u64, cx: &mut Context<'_>) -> Poll<()> {
-        if self.state.lock().watch(token, cx) { Poll::Pending } else { Poll::Ready(()) }
+        // Its own statement: what is replaced must outlive the lock.
+        let watching = self.state.lock().watch(token, cx);
+        if watching.is_some() { Poll::Pending } else { Poll::Ready(()) }
     }
 
     fn record(&self, token: u64, settlement: Settlement, chores: &mut Chores) -> Settled {
+        let held; // what is left of it goes without the lock
         let mut state = self.state.lock();
         let options = if matches!(settlement, Settlement::Done) { None } else { state.holder_options(token) };
-        let Some(Held { entry, .. }) = state.let_go(token, chores) else { return Settled::TooLate };
+        held = state.let_go(token, chores);
+        let Some(Held { entry, .. }) = held else { return Settled::TooLate };
         let Some(options) = options else { return Settled::Done };
         let attempts = entry.attempt;
         match settlement {
@@ -71,7 +76,11 @@ impl DeliveryQueue {
             return Receipt::ready(Settled::Done);
         };
         let letter = dead_letter(&event, &self.topic, group, attempts, &reason);
-        let Some(taking) = self.sink.take(&target, letter) else {
+        let take = AssertUnwindSafe(|| self.sink.take(&target, letter));
+        let Some(taking) = catch_unwind(take).unwrap_or_else(|_| {
+            tracing::error!(topic = %target, event = %event.id(), "a dead-letter sink panicked");
+            None
+        }) else {
             self.buried();
             return Receipt::ready(Settled::Done);
         };

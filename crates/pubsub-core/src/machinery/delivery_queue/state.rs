@@ -119,6 +119,8 @@ pub(super) struct Rare {
     pub(super) letters: Vec<Letter>,
     /// Entries that are gone. Their payloads' destructors are user code.
     pub(super) dropped: Vec<Entry>,
+    /// Members that are gone. What their filters close over is user code, too.
+    pub(super) gone: Vec<Member>,
 }
 
 impl Chores {
@@ -203,7 +205,7 @@ impl State {
         chores.wake(member.waker.take());
         let (instance, holds) = (member.instance, member.held > 0);
         if !holds {
-            self.members.remove(token);
+            chores.rare().gone.extend(self.members.remove(token));
         }
         self.parked.retain(|parked| *parked != token);
         if self.woken == Some(token) {
@@ -236,7 +238,7 @@ impl State {
             }
         }
         for token in empty {
-            self.members.remove(token);
+            chores.rare().gone.extend(self.members.remove(token));
         }
         self.present = 0;
         self.parked = VecDeque::new();
@@ -423,7 +425,7 @@ impl State {
             chores.wake(holder.waker.take());
         }
         if holder.left && holder.held == 0 {
-            self.members.remove(held.member);
+            chores.rare().gone.extend(self.members.remove(held.member));
         }
         Some(held)
     }
@@ -461,9 +463,9 @@ impl State {
         self.held.get_mut(token).map(|held| held.since = now).is_some()
     }
 
-    /// Registers a holder to be told that it lost a delivery; false if it has.
-    pub(super) fn watch(&mut self, token: u64, cx: &Context<'_>) -> bool {
-        self.held.get_mut(token).map(|held| set_waker(&mut held.waker, cx)).is_some()
+    /// Registers a holder to be told that it lost a delivery; none if it has.
+    pub(super) fn watch(&mut self, token: u64, cx: &Context<'_>) -> Option<Replaced> {
+        self.held.get_mut(token).map(|held| set_waker(&mut held.waker, cx))
     }
 
     // Waking.
@@ -477,31 +479,34 @@ impl State {
 
     /// A member found work, though it may have been waiting still.
     #[inline]
-    pub(super) fn found(&mut self, token: u64) {
+    pub(super) fn found(&mut self, token: u64) -> Replaced {
         if self.parked.is_empty() {
-            return;
+            return None;
         }
-        if let Some(member) = self.members.get_mut(token)
-            && mem::replace(&mut member.parked, false)
-        {
-            member.waker = None;
-            self.parked.retain(|parked| *parked != token);
+        let member = self.members.get_mut(token)?;
+        if !mem::replace(&mut member.parked, false) {
+            return None;
         }
+        self.parked.retain(|parked| *parked != token);
+        member.waker.take()
     }
 
     /// A member found nothing: it is woken when there is work for it.
-    pub(super) fn park(&mut self, token: u64, cx: &Context<'_>) {
+    pub(super) fn park(&mut self, token: u64, cx: &Context<'_>) -> Replaced {
         let member = self.members.get_mut(token).expect("only present members ask");
-        set_waker(&mut member.waker, cx);
         if !mem::replace(&mut member.parked, true) {
             self.parked.push_back(token);
         }
+        set_waker(&mut member.waker, cx)
     }
 
     /// A member's hands are full: it is woken when it has settled something.
-    pub(super) fn wait_for_hands(&mut self, token: u64, cx: &Context<'_>) {
-        self.found(token);
-        set_waker(&mut self.members.get_mut(token).expect("only present members ask").waker, cx);
+    pub(super) fn wait_for_hands(&mut self, token: u64, cx: &Context<'_>) -> Replaced {
+        let member = self.members.get_mut(token).expect("only present members ask");
+        if mem::replace(&mut member.parked, false) {
+            self.parked.retain(|parked| *parked != token);
+        }
+        set_waker(&mut member.waker, cx)
     }
 
     pub(super) fn is_anyone_parked(&self) -> bool {
@@ -600,9 +605,13 @@ impl State {
     }
 }
 
-pub(super) fn set_waker(slot: &mut Option<Waker>, cx: &Context<'_>) {
+/// A waker that has been replaced, to be dropped without the lock: with it may go its task, and whatever that owns.
+pub(super) type Replaced = Option<Waker>;
+
+#[must_use]
+fn set_waker(slot: &mut Option<Waker>, cx: &Context<'_>) -> Replaced {
     match slot {
-        Some(waker) => waker.clone_from(cx.waker()),
-        None => *slot = Some(cx.waker().clone()),
+        Some(waker) if waker.will_wake(cx.waker()) => None,
+        _ => slot.replace(cx.waker().clone()),
     }
 }
