@@ -4,6 +4,7 @@ mod cached;
 mod emitter;
 mod memory_store;
 mod slow_remote;
+mod unix;
 
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
 pub use memory_store::MemoryStoreHarness;
 pub use slow_remote::SlowRemoteHarness;
+pub use unix::{UnixHarness, is_other_unix_process, other_unix_process};
 
 use crate::Harness;
 use crate::stores::StoreHarness;
