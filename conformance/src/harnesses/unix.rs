@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use parking_lot::Mutex;
 use pubsub_core::{
-    Capabilities, Deduplication, Durability, Error, ErrorKind, Event, Group, Groups, PubSub, PublishOptions, Reach, Result,
-    Retention, SubscribeOptions, Topic,
+    Capabilities, Deduplication, Durability, Error, ErrorKind, Event, EventId, Group, Groups, PubSub, PublishOptions, Reach,
+    Result, Retention, SubscribeOptions, Topic,
 };
 use pubsub_unix::UnixSocketPubSub;
 
@@ -24,17 +24,35 @@ const READY: &str = "ready";
 
 /// The bus at a socket in a directory of its own: `unix`.
 pub struct UnixHarness {
+    all: Arc<Directories>,
     directory: PathBuf,
     outage: Mutex<Option<File>>,
 }
 
+/// What harnesses have made: instances outlive the harness they came from, so the directories go with the last of all.
+#[derive(Default)]
+struct Directories {
+    parent: PathBuf,
+    next: AtomicU64,
+}
+
+impl Drop for Directories {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.parent);
+    }
+}
+
 impl UnixHarness {
-    /// A bus of its own. Its directory goes with it.
+    /// A bus of its own.
     pub fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let directory = std::env::temp_dir().join(format!("pubsub-unix-{}-{number}", std::process::id()));
-        Self { directory, outage: Mutex::new(None) }
+        let unique = EventId::random().to_string();
+        let parent = std::env::temp_dir().join(format!("pubsub-unix-{}", &unique[..8]));
+        Self::among(Arc::new(Directories { parent, next: AtomicU64::new(0) }))
+    }
+
+    fn among(all: Arc<Directories>) -> Self {
+        let directory = all.parent.join(all.next.fetch_add(1, Ordering::Relaxed).to_string());
+        Self { all, directory, outage: Mutex::new(None) }
     }
 
     fn socket(&self) -> PathBuf {
@@ -43,7 +61,7 @@ impl UnixHarness {
 
     /// Claims an epoch in the broker's place: it stops, and everybody looks for another.
     fn depose(&self) -> Result<()> {
-        let register = OpenOptions::new().append(true).open(self.directory.join("bus.epoch"));
+        let register = OpenOptions::new().create(true).append(true).open(self.directory.join("bus.epoch"));
         register.and_then(|mut register| register.write_all(&[b'-'; 32])).map_err(failed)
     }
 }
@@ -51,12 +69,6 @@ impl UnixHarness {
 impl Default for UnixHarness {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-impl Drop for UnixHarness {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory); // instances that are left over hold no more than its files
     }
 }
 
@@ -85,7 +97,7 @@ impl Harness for UnixHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self::new()))
+        Ok(Arc::new(Self::among(self.all.clone())))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
@@ -119,6 +131,7 @@ impl Faults for UnixHarness {
         match fault {
             Fault::Sever | Fault::Restart => self.depose()?,
             Fault::Outage => {
+                fs::create_dir_all(&self.directory).map_err(failed)?;
                 // Nobody can be elected while somebody else has the lock.
                 let mut options = OpenOptions::new();
                 let lock = options.read(true).write(true).create(true).truncate(false).open(self.directory.join("bus.lock"));

@@ -203,7 +203,7 @@ impl Broker {
         let (now, mut turn) = (clock + self.skew, Turn::default());
         self.give_up_on_the_absent(clock, &mut turn);
         self.make_changes(now, &mut turn, &mut write);
-        self.answer_asks(&mut turn);
+        self.answer_asks(now, &mut turn);
         self.hand_over(now, &mut turn, &mut write);
         let due = self.dues.first().map(|(due, _)| *due).into_iter().chain(self.absent.first().map(|(until, _)| *until));
         turn.next = due.map(|due| due.saturating_sub(self.skew)).chain([self.ping_at]).min().unwrap_or(self.ping_at);
@@ -283,9 +283,9 @@ impl Broker {
         }
     }
 
-    fn answer_asks(&mut self, turn: &mut Turn) {
+    fn answer_asks(&mut self, now: u64, turn: &mut Turn) {
         for (conn, id, query) in std::mem::take(&mut self.asked) {
-            self.answer_or_wait(Waiting { conn, id, query }, turn);
+            self.answer_or_wait(Waiting { conn, id, query }, now, turn);
         }
         for topic in self.ledger.take_dirty() {
             if self.takes.contains_key(&topic) {
@@ -295,14 +295,14 @@ impl Broker {
                 if let Some(peer) = self.peers.get_mut(&waiting.conn) {
                     peer.reads -= 1;
                 }
-                self.answer_or_wait(waiting, turn);
+                self.answer_or_wait(waiting, now, turn);
             }
         }
     }
 
-    fn answer_or_wait(&mut self, waiting: Waiting, turn: &mut Turn) {
+    fn answer_or_wait(&mut self, waiting: Waiting, now: u64, turn: &mut Turn) {
         let Some(peer) = self.peers.get_mut(&waiting.conn) else { return };
-        match (self.ledger.ask(&waiting.query), &waiting.query) {
+        match (self.ledger.ask(&waiting.query, now), &waiting.query) {
             (Some(reply), _) => turn.frames.push((waiting.conn, FromBroker::Reply { id: waiting.id, reply })),
             (None, Query::Read { topic, .. } | Query::Idle { topic, .. }) => {
                 peer.reads += 1;

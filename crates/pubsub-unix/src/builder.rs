@@ -129,7 +129,11 @@ impl UnixBuilder {
         }
         let bytes = |option: &'static str, value: u64, least: u64, most: u64| {
             let fits = (least..=most).contains(&value);
-            if fits { Ok(()) } else { Err(Error::invalid_option(option, format!("is {value}; it must be from {least} to {most}"))) }
+            if fits {
+                Ok(())
+            } else {
+                Err(Error::invalid_option(option, format!("is {value}; it must be from {least} to {most}")))
+            }
         };
         bytes("max_payload", self.max_payload as u64, 1, 32 << 20)?;
         bytes("max_events", self.max_events, 1, 1 << 30)?;

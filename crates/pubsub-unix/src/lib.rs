@@ -10,6 +10,7 @@ mod ledger;
 mod link;
 mod member;
 mod protocol;
+mod reader;
 mod remote;
 mod serve;
 mod session;

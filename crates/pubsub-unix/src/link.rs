@@ -23,6 +23,7 @@ use crate::frame::{self, Decoder, Greeting};
 use crate::ledger::Limits;
 use crate::member::Member;
 use crate::protocol::{Answer, FromBroker, Query, Reply, Request, Seat, ToBroker, VERSION};
+use crate::reader::Reader;
 use crate::serve::Serving;
 use crate::session::{Heard, Session};
 
@@ -61,6 +62,12 @@ enum Kept {
     Insist(Request, oneshot::Sender<Settled>),
 }
 
+/// Who waits for a reply.
+enum Asker {
+    Caller(oneshot::Sender<Reply>),
+    Reader(Weak<Reader>),
+}
+
 pub(crate) struct Link {
     state: Mutex<State>,
     /// There is something to write.
@@ -71,7 +78,7 @@ pub(crate) struct Link {
 }
 
 struct State {
-    session: Session<Kept, oneshot::Sender<Reply>>,
+    session: Session<Kept, Asker>,
     /// Frames to be written, while there is a broker.
     out: Vec<u8>,
     connected: bool,
@@ -181,13 +188,38 @@ impl Link {
             if state.closed {
                 None
             } else {
-                let (id, frame) = state.session.ask(query, tell);
+                let (id, frame) = state.session.ask(query, Asker::Caller(tell));
                 state.say(&frame);
                 Some(id)
             }
         };
         self.more.notify_one();
         Asked { link: self.clone(), id, told }
+    }
+
+    /// Asks on behalf of a reader, and returns the question's id; none once the link is closed.
+    pub(crate) fn read(&self, query: Query, reader: Weak<Reader>) -> Option<u64> {
+        let id = {
+            let mut state = self.state.lock();
+            if state.closed {
+                return None;
+            }
+            let (id, frame) = state.session.ask(query, Asker::Reader(reader));
+            state.say(&frame);
+            id
+        };
+        self.more.notify_one();
+        Some(id)
+    }
+
+    /// The answer to this question is no longer wanted.
+    pub(crate) fn cancel(&self, id: u64) {
+        {
+            let mut state = self.state.lock();
+            let Some(frame) = state.session.cancel(id) else { return };
+            state.say(&frame);
+        }
+        self.more.notify_one();
     }
 
     /// Asks for deliveries to a member, unless it has asked already.
@@ -204,11 +236,11 @@ impl Link {
         self.more.notify_one();
     }
 
-    /// A member has left.
-    pub(crate) fn forget(&self, member: u64) {
+    /// A member has left. Returns the number of the last of its takes that was answered.
+    pub(crate) fn forget(&self, member: u64) -> u64 {
         let mut state = self.state.lock();
-        state.session.leave(member);
         state.members.remove(&member);
+        state.session.leave(member)
     }
 
     /// Waits until all calls made before are answered. Cancel safe.
@@ -267,7 +299,12 @@ impl Link {
                 let late = answer == Answer::Settled(false);
                 let _ = tell.send(if late { Settled::TooLate } else { Settled::Done }); // nobody may be waiting
             }
-            Heard::Reply(reply, tell) => drop(tell.send(reply)),
+            Heard::Reply(_, reply, Asker::Caller(tell)) => drop(tell.send(reply)),
+            Heard::Reply(id, reply, Asker::Reader(reader)) => {
+                if let (Some(reader), Reply::Stretch(stretch)) = (reader.upgrade(), reply) {
+                    reader.arrived(id, stretch);
+                }
+            }
             Heard::Taken { bus, generation, handed, .. } => {
                 if let Some(member) = member.and_then(|member| member.upgrade()) {
                     member.taken(&bus, generation, handed);
@@ -298,13 +335,7 @@ impl Future for Asked {
 
 impl Drop for Asked {
     fn drop(&mut self) {
-        let Some(id) = self.id else { return };
-        let mut state = self.link.state.lock();
-        if let Some(frame) = state.session.cancel(id) {
-            state.say(&frame);
-            drop(state);
-            self.link.more.notify_one();
-        }
+        self.id.into_iter().for_each(|id| self.link.cancel(id));
     }
 }
 
@@ -322,7 +353,8 @@ impl Line {
     async fn find(&mut self) -> io::Result<Option<UnixStream>> {
         let Config { paths, limits, patience, max_peer_bytes, sync } = self.config.clone();
         let supersede = std::mem::take(&mut self.supersede);
-        let found = tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
+        let found =
+            tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
         match found {
             Found::Broker(stream) => {
                 stream.set_nonblocking(true)?;

@@ -58,6 +58,7 @@ struct State {
     /// When what was taken and not handed over goes back.
     linger: Option<Instant>,
     ended: bool,
+    lagged: u64,
     dead_lettered: u64,
     dropped: u64,
 }
@@ -66,6 +67,7 @@ struct Taken {
     scope: Arc<Scope>,
     place: Place,
     attempt: u32,
+    lagged: u64,
     stored: Stored,
 }
 
@@ -110,10 +112,11 @@ impl Member {
             let mut state = self.state.lock();
             state.asked = false;
             (state.came, state.since, state.settled) = (handed.len(), Some(Instant::now()), 0);
-            let taken = handed.into_iter().map(|Handed { offset, attempt, stored }| Taken {
+            let taken = handed.into_iter().map(|Handed { offset, attempt, lagged, stored }| Taken {
                 scope: scope.clone(),
                 place: Place { generation, offset },
                 attempt,
+                lagged,
                 stored,
             });
             state.taken.extend(taken);
@@ -201,7 +204,8 @@ impl Member {
 
     /// Hands over what can be read and has an attempt left.
     fn hand_over(&self, taken: Taken, mode: AckMode) -> Option<Delivery> {
-        let Taken { scope, place, attempt, stored } = taken;
+        let Taken { scope, place, attempt, lagged, stored } = taken;
+        self.state.lock().lagged += lagged;
         let Ok(event) = decode(&stored).map(Arc::new) else {
             self.state.lock().dropped += 1;
             let letter = letter_of_malformed(&self.topic, &self.options, &stored, attempt);
@@ -223,7 +227,7 @@ impl Member {
                 self.hold(held, event, attempt)
             }
         };
-        Some(delivery.at(scope, Position::from(place.offset)))
+        Some(delivery.at(scope, Position::from(place.offset)).after_losing(lagged))
     }
 
     /// Hands over a delivery that came from the instance's own queue.
@@ -327,8 +331,8 @@ impl Member {
         };
         let released = unwanted.len() as u64;
         self.release(unwanted);
-        self.remote.link.forget(self.seat.member);
-        drop(self.remote.link.insist(Request::Leave { seat: self.seat.clone() }));
+        let heard = self.remote.link.forget(self.seat.member);
+        drop(self.remote.link.insist(Request::Leave { seat: self.seat.clone(), heard }));
         waker.into_iter().for_each(Waker::wake);
         released
     }
@@ -361,6 +365,7 @@ impl Member {
         let state = self.state.lock();
         status.queued += state.taken.len() as u64;
         status.held = state.held.len() as u64;
+        status.lagged += state.lagged;
         status.dead_lettered += state.dead_lettered;
         status.dropped += state.dropped;
         status.ended = state.ended;

@@ -89,15 +89,39 @@ pub(crate) struct Seat {
 /// What a client changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Request {
-    Publish { topic: SmolStr, events: Vec<Stored> },
+    Publish {
+        topic: SmolStr,
+        events: Vec<Stored>,
+    },
     /// Makes a member, and the group if there is none.
-    Join { seat: Seat, begin: Option<Begin>, or_earliest: bool },
-    /// What it holds it may still settle.
-    Leave { seat: Seat },
-    Settle { seat: Seat, place: Place, attempt: u32, what: What },
-    Clear { topic: SmolStr },
-    Trim { topic: SmolStr, run: String, up_to: Option<i64> },
-    Lease { key: String, what: OnLease },
+    Join {
+        seat: Seat,
+        begin: Option<Begin>,
+        or_earliest: bool,
+    },
+    /// What it holds it may still settle; what was handed to it by takes behind `heard` it never saw.
+    Leave {
+        seat: Seat,
+        heard: u64,
+    },
+    Settle {
+        seat: Seat,
+        place: Place,
+        attempt: u32,
+        what: What,
+    },
+    Clear {
+        topic: SmolStr,
+    },
+    Trim {
+        topic: SmolStr,
+        run: String,
+        up_to: Option<i64>,
+    },
+    Lease {
+        key: String,
+        what: OnLease,
+    },
 }
 
 /// What becomes of a delivery.
@@ -139,14 +163,33 @@ pub(crate) struct Take {
 /// What a client wants to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Query {
-    Start { topic: SmolStr, begin: Begin, or_earliest: bool },
+    Start {
+        topic: SmolStr,
+        begin: Begin,
+        or_earliest: bool,
+    },
     /// Answered once there is something behind the place.
-    Read { topic: SmolStr, from: Place, most: u32 },
-    Page { topic: SmolStr, begin: Begin, most: u32 },
+    Read {
+        topic: SmolStr,
+        from: Place,
+        most: u32,
+    },
+    Page {
+        topic: SmolStr,
+        begin: Begin,
+        most: u32,
+    },
     /// Answered once a group has nothing waiting and nothing held.
-    Idle { topic: SmolStr, group: SmolStr },
-    Status { topic: SmolStr },
-    Holder { key: String },
+    Idle {
+        topic: SmolStr,
+        group: SmolStr,
+    },
+    Status {
+        topic: SmolStr,
+    },
+    Holder {
+        key: String,
+    },
 }
 
 /// From a client to the broker.
@@ -154,9 +197,14 @@ pub(crate) enum Query {
 pub(crate) enum ToBroker {
     Call(Call),
     Take(Take),
-    Ask { id: u64, query: Query },
+    Ask {
+        id: u64,
+        query: Query,
+    },
     /// The answer to this ask is no longer wanted.
-    Cancel { id: u64 },
+    Cancel {
+        id: u64,
+    },
     Ping,
     /// The client has ended: what it holds is for others.
     Bye,
@@ -173,7 +221,11 @@ pub(crate) struct LeaseState {
 /// What came of a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    Published { bus: SmolStr, generation: u64, offsets: Vec<u64> },
+    Published {
+        bus: SmolStr,
+        generation: u64,
+        offsets: Vec<u64>,
+    },
     /// A group would have lost what it has not read, or a bound of the bus is reached.
     Full,
     /// It could not be written.
@@ -191,6 +243,8 @@ pub(crate) enum Answer {
 pub(crate) struct Handed {
     pub(crate) offset: u64,
     pub(crate) attempt: u32,
+    /// What the group lost to the bound on retention right before it.
+    pub(crate) lagged: u64,
     pub(crate) stored: Stored,
 }
 
@@ -228,10 +282,22 @@ pub(crate) enum Reply {
 /// From the broker to a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum FromBroker {
-    Answer { number: u64, answer: Answer },
-    Reply { id: u64, reply: Reply },
+    Answer {
+        number: u64,
+        answer: Answer,
+    },
+    Reply {
+        id: u64,
+        reply: Reply,
+    },
     /// None for `handed` tells that there is no such member (any more): the client was taken for dead meanwhile.
-    Taken { member: u64, number: u64, bus: SmolStr, generation: u64, handed: Option<Vec<Handed>> },
+    Taken {
+        member: u64,
+        number: u64,
+        bus: SmolStr,
+        generation: u64,
+        handed: Option<Vec<Handed>>,
+    },
     Pong,
     Ping,
 }

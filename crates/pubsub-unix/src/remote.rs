@@ -77,14 +77,10 @@ impl Remote {
     }
 
     /// Adds to a queue as much as it has room for; publishers of `local_only` events are kept out meanwhile.
-    pub(crate) fn fill(&self, queue: &DeliveryQueue, entries: &mut VecDeque<Entry>) {
-        let mut aftermath = Aftermath::new();
-        {
-            let _attached = self.attached.lock();
-            let room = queue.room().min(entries.len());
-            queue.push(entries.drain(..room), &mut aftermath);
-        }
-        aftermath.finish();
+    pub(crate) fn fill(&self, queue: &DeliveryQueue, entries: &mut VecDeque<Entry>, aftermath: &mut Aftermath) {
+        let _attached = self.attached.lock();
+        let room = queue.room().min(entries.len());
+        queue.push(entries.drain(..room), aftermath);
     }
 
     /// Attaches a subscription, before the broker knows of it.

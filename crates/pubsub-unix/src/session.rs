@@ -25,8 +25,13 @@ pub(crate) struct Session<C, A> {
 /// What a frame from the broker means here.
 pub(crate) enum Heard<C, A> {
     Answer(Answer, C),
-    Reply(Reply, A),
-    Taken { member: u64, bus: smol_str::SmolStr, generation: u64, handed: Option<Vec<Handed>> },
+    Reply(u64, Reply, A),
+    Taken {
+        member: u64,
+        bus: smol_str::SmolStr,
+        generation: u64,
+        handed: Option<Vec<Handed>>,
+    },
     /// To be answered with a ping.
     Ping,
     /// Heard before, or no longer wanted.
@@ -56,9 +61,8 @@ impl<C, A> Session<C, A> {
     pub(crate) fn resume(&self) -> impl Iterator<Item = ToBroker> {
         let below = self.below();
         let calls = self.calls.iter();
-        let calls = calls.map(move |(number, (request, _))| {
-            ToBroker::Call(Call { number: *number, below, request: request.clone() })
-        });
+        let calls =
+            calls.map(move |(number, (request, _))| ToBroker::Call(Call { number: *number, below, request: request.clone() }));
         let takes = self.takes.values().map(|take| ToBroker::Take(take.clone()));
         let asks = self.asks.iter().map(|(id, (query, _))| ToBroker::Ask { id: *id, query: query.clone() });
         calls.chain(takes).chain(asks)
@@ -115,10 +119,10 @@ impl<C, A> Session<C, A> {
         Some(ToBroker::Take(take))
     }
 
-    /// A member has left: what it asked for is not wanted.
-    pub(crate) fn leave(&mut self, member: u64) {
-        self.takes.remove(&member);
-        self.taken.remove(&member);
+    /// A member has left: what it asked for is not wanted. Returns the number of the last take that was answered.
+    pub(crate) fn leave(&mut self, member: u64) -> u64 {
+        let open = u64::from(self.takes.remove(&member).is_some());
+        self.taken.remove(&member).unwrap_or(0) - open
     }
 
     pub(crate) fn hear(&mut self, frame: FromBroker) -> Heard<C, A> {
@@ -128,7 +132,7 @@ impl<C, A> Session<C, A> {
                 None => Heard::Nothing,
             },
             FromBroker::Reply { id, reply } => match self.asks.remove(&id) {
-                Some((_, kept)) => Heard::Reply(reply, kept),
+                Some((_, kept)) => Heard::Reply(id, reply, kept),
                 None => Heard::Nothing,
             },
             FromBroker::Taken { member, number, bus, generation, handed } => {

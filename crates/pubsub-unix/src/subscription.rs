@@ -1,25 +1,21 @@
 //! One subscription: what the broker sends, and what stays within the instance, as one stream.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
 use futures::StreamExt;
-use pubsub_core::machinery::{DeliveryQueue, Entry};
+use pubsub_core::machinery::DeliveryQueue;
 use pubsub_core::{
-    AckMode, Control, Delivery, Position, Result, Source, SubscribeOptions, Subscription, SubscriptionHandle,
-    SubscriptionStatus, Topic,
+    AckMode, Control, Delivery, Result, Source, SubscribeOptions, Subscription, SubscriptionHandle, SubscriptionStatus, Topic,
 };
-use tokio::sync::watch;
 
-use crate::convert::{decode, letter_of_malformed, scope};
-use crate::link::Asked;
 use crate::member::Member;
-use crate::protocol::{Begin, Place, Query, Reply, Request, Stretch};
+use crate::protocol::{Begin, Place, Query, Reply};
+use crate::reader::Reader;
 use crate::remote::Remote;
 
 /// What is attached. A fan-out subscription follows the log into its queue, and all its settlement is local; a member of a group has
@@ -30,12 +26,15 @@ pub(crate) struct Attachment {
     options: SubscribeOptions,
     queue: Arc<DeliveryQueue>,
     inner: SubscriptionHandle,
-    member: Option<Arc<Member>>,
+    side: Side,
     ended: AtomicBool,
-    /// Up to where the log has been queued.
-    queued: watch::Sender<Place>,
-    lagged: AtomicU64,
-    malformed: AtomicU64,
+}
+
+/// What a subscription is to the broker.
+enum Side {
+    /// Fan-out reads the log.
+    Reader(Arc<Reader>),
+    Member(Arc<Member>),
 }
 
 impl Attachment {
@@ -46,34 +45,37 @@ impl Attachment {
         queue: Arc<DeliveryQueue>,
         inner: SubscriptionHandle,
     ) -> Arc<Self> {
-        let member = options.group.clone().map(|group| Member::new(remote, topic.clone(), group, options.clone()));
+        let side = match options.group.clone() {
+            Some(group) => Side::Member(Member::new(remote, topic.clone(), group, options.clone())),
+            None => Side::Reader(Reader::new(remote, topic, options.clone(), queue.clone())),
+        };
         Arc::new(Self {
             remote: remote.clone(),
             topic: topic.clone(),
             options,
             queue,
             inner,
-            member,
+            side,
             ended: AtomicBool::new(false),
-            queued: watch::Sender::new(Place::default()),
-            lagged: AtomicU64::new(0),
-            malformed: AtomicU64::new(0),
         })
     }
 
     pub(crate) fn member(&self) -> Option<&Arc<Member>> {
-        self.member.as_ref()
+        match &self.side {
+            Side::Member(member) => Some(member),
+            Side::Reader(_) => None,
+        }
+    }
+
+    /// Fan-out starts to read there.
+    pub(crate) fn follow(&self, from: Place) {
+        if let Side::Reader(reader) = &self.side {
+            reader.follow(from);
+        }
     }
 
     pub(crate) fn source(self: &Arc<Self>, inner: Subscription) -> UnixSource {
-        UnixSource {
-            inner,
-            attachment: self.clone(),
-            place: Place::default(),
-            asked: None,
-            entries: VecDeque::new(),
-            lost: BTreeMap::new(),
-        }
+        UnixSource { inner, attachment: self.clone() }
     }
 
     /// Ends it: nothing more is handed over, and what was taken is given back.
@@ -82,20 +84,20 @@ impl Attachment {
             return;
         }
         self.inner.stop();
-        if let Some(member) = &self.member {
-            member.leave();
+        match &self.side {
+            Side::Member(member) => drop(member.leave()),
+            Side::Reader(reader) => reader.end(),
         }
-        self.queued.send_replace(Place { generation: u64::MAX, offset: u64::MAX });
     }
 
     /// Waits until nothing is left that only this instance could hand over, and nothing in its consumer's hands.
     pub(crate) async fn relieved(&self) {
-        match &self.member {
-            Some(member) => {
+        match &self.side {
+            Side::Member(member) => {
                 member.idle().await;
                 self.queue.relieved(self.remote.instance).await;
             }
-            None => self.drained().await,
+            Side::Reader(_) => self.drained().await,
         }
     }
 
@@ -103,7 +105,7 @@ impl Attachment {
     pub(crate) fn cut_off(&self) -> (u64, u64) {
         let released = self.queue.burden(self.remote.instance).1;
         self.end();
-        let held = self.member.as_ref().map_or(0, |member| member.revoke());
+        let held = self.member().map_or(0, |member| member.revoke());
         (released, held + self.queue.revoke(self.remote.instance))
     }
 }
@@ -119,14 +121,13 @@ impl Control for Attachment {
     }
 
     async fn drained(&self) {
-        match &self.member {
-            Some(member) => member.drained().await,
-            None if self.ended.load(Ordering::SeqCst) => {}
-            None => {
+        match &self.side {
+            Side::Member(member) => member.drained().await,
+            Side::Reader(_) if self.ended.load(Ordering::SeqCst) => {}
+            Side::Reader(reader) => {
                 let query = Query::Start { topic: self.topic.as_str().into(), begin: Begin::Latest, or_earliest: true };
                 if let Ok(Reply::Start(Ok(head))) = self.remote.link.ask(query).await {
-                    // The sender is this very subscription's.
-                    let _ = self.queued.subscribe().wait_for(|queued| *queued >= head).await;
+                    reader.reached(head).await;
                 }
             }
         }
@@ -135,10 +136,12 @@ impl Control for Attachment {
 
     fn status(&self) -> SubscriptionStatus {
         let mut status = self.inner.status();
-        status.lagged += self.lagged.load(Ordering::Relaxed);
-        status.dropped += self.malformed.load(Ordering::Relaxed);
-        if let Some(member) = &self.member {
-            member.add_to(&mut status);
+        match &self.side {
+            Side::Member(member) => member.add_to(&mut status),
+            Side::Reader(reader) => {
+                status.lagged += reader.lagged();
+                status.dropped += reader.malformed();
+            }
         }
         status
     }
@@ -150,125 +153,34 @@ impl fmt::Debug for Attachment {
     }
 }
 
-/// The consumer's end. Its polls are what reads: a subscription that nobody polls costs no task and no connection.
+/// The consumer's end.
 pub(crate) struct UnixSource {
     inner: Subscription,
     attachment: Arc<Attachment>,
-    /// Fan-out: what is to be read next.
-    place: Place,
-    asked: Option<Asked>,
-    /// Read, and not queued yet.
-    entries: VecDeque<Entry>,
-    /// How many were lost before the event at an offset, until it is handed over.
-    lost: BTreeMap<u64, u64>,
-}
-
-impl UnixSource {
-    /// Starts to read there.
-    pub(crate) fn follow(&mut self, from: Place) {
-        self.place = from;
-        self.attachment.queued.send_replace(from);
-    }
-
-    /// Queues what was read, and asks for more while there is room. Ready once there is nothing more to come, ever.
-    fn read_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let attachment = self.attachment.clone();
-        let Attachment { remote, queue, options, topic, .. } = &*attachment;
-        loop {
-            if !self.entries.is_empty() {
-                remote.fill(queue, &mut self.entries);
-            }
-            if !self.entries.is_empty() {
-                return Poll::Pending; // full: its consumer is polled again when it has taken something
-            }
-            if !attachment.ended.load(Ordering::SeqCst) {
-                attachment.queued.send_if_modified(|queued| std::mem::replace(queued, self.place) != self.place);
-            }
-            let asked = match &mut self.asked {
-                Some(asked) => asked,
-                None => {
-                    let room = queue.room().min(options.prefetch);
-                    if room == 0 {
-                        return Poll::Pending;
-                    }
-                    let most = u32::try_from(room).unwrap_or(u32::MAX);
-                    let query = Query::Read { topic: topic.as_str().into(), from: self.place, most };
-                    self.asked.insert(remote.link.ask(query))
-                }
-            };
-            match std::task::ready!(Pin::new(asked).poll(cx)) {
-                Ok(Reply::Stretch(stretch)) => {
-                    self.asked = None;
-                    self.arrived(stretch);
-                }
-                Ok(_) => self.asked = None, // no answer to what was asked: ask again
-                Err(_) => return Poll::Ready(()),
-            }
-        }
-    }
-
-    fn arrived(&mut self, stretch: Stretch) {
-        let Stretch { bus, events, mut lagged, next } = stretch;
-        let attachment = &self.attachment;
-        attachment.lagged.fetch_add(lagged, Ordering::Relaxed);
-        let scope = scope(&bus, next.generation);
-        for (offset, stored) in events {
-            match decode(&stored) {
-                Ok(event) => {
-                    if lagged > 0 {
-                        self.lost.insert(offset, std::mem::take(&mut lagged));
-                    }
-                    let place = Some((scope.clone(), Position::from(offset)));
-                    self.entries.push_back(Entry { place, ..Entry::new(Arc::new(event)) });
-                }
-                Err(error) => {
-                    if attachment.malformed.fetch_add(1, Ordering::Relaxed) == 0 {
-                        tracing::warn!(topic = %attachment.topic, %error, "what is no event is passed over");
-                    }
-                    if let Some((topic, letter)) = letter_of_malformed(&attachment.topic, &attachment.options, &stored, 1) {
-                        drop(attachment.remote.link.insist(Request::Publish { topic, events: vec![letter] }));
-                    }
-                }
-            }
-        }
-        self.place = next;
-    }
 }
 
 impl Source for UnixSource {
     fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
-        if let Some(member) = self.attachment.member.clone() {
-            if member.is_full(cx, mode) {
-                return Poll::Pending;
+        let reader = match &self.attachment.side {
+            Side::Member(member) => {
+                if member.is_full(cx, mode) {
+                    return Poll::Pending;
+                }
+                return match self.inner.poll_next_unpin(cx) {
+                    Poll::Ready(Some(Ok(local))) => Poll::Ready(Some(Ok(member.hand_over_local(local, mode)))),
+                    Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
+                    Poll::Ready(None) | Poll::Pending => member.poll_next(cx, mode),
+                };
             }
-            return match self.inner.poll_next_unpin(cx) {
-                Poll::Ready(Some(Ok(local))) => Poll::Ready(Some(Ok(member.hand_over_local(local, mode)))),
-                Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
-                Poll::Ready(None) | Poll::Pending => member.poll_next(cx, mode),
-            };
-        }
-        loop {
-            let read = self.read_on(cx);
-            let next = match self.inner.poll_delivery(cx, mode) {
-                // Taking ahead made room: what came meanwhile has to be asked for now, there may be no other poll.
-                Poll::Pending if read.is_pending() && self.asked.is_none() && self.has_room() => continue,
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(next) => next,
-            };
-            let Some(delivery) = next.transpose()? else { return Poll::Ready(None) };
-            if self.lost.is_empty() || delivery.attempt() > 1 {
-                return Poll::Ready(Some(Ok(delivery)));
-            }
-            let lost = delivery.cursor().and_then(|at| self.lost.remove(&at.position().major)).unwrap_or(0);
-            let lagged = delivery.lagged() + lost;
-            return Poll::Ready(Some(Ok(delivery.after_losing(lagged))));
-        }
-    }
-}
-
-impl UnixSource {
-    fn has_room(&self) -> bool {
-        self.attachment.queue.room() > 0
+            Side::Reader(reader) => reader,
+        };
+        let next = self.inner.poll_delivery(cx, mode);
+        reader.read_on(); // there may be room now
+        let Some(delivery) = ready!(next).transpose()? else { return Poll::Ready(None) };
+        let at = delivery.cursor().filter(|_| delivery.attempt() == 1);
+        let lost = at.map_or(0, |at| reader.lost_before(at.position().major));
+        let lagged = delivery.lagged() + lost;
+        Poll::Ready(Some(Ok(delivery.after_losing(lagged))))
     }
 }
 

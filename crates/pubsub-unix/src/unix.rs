@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
-    Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, Groups,
-    GroupStatus, LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start,
+    Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus,
+    Groups, LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start,
     StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -194,7 +194,7 @@ impl PubSub for UnixSocketPubSub {
         let in_call = |error: Error| error.during("subscribe").on(topic);
         let (attachment, inner) = self.remote.attach(topic, options.clone()).map_err(in_call)?;
         // Dropped at any await point, it detaches itself.
-        let mut source = attachment.source(inner);
+        let source = attachment.source(inner);
         let or_earliest = options.on_gap == OnGap::Earliest;
         let start = options.start.as_ref().map(begin);
         let name = topic.as_str().into();
@@ -202,7 +202,7 @@ impl PubSub for UnixSocketPubSub {
             None => {
                 let begin = start.unwrap_or(crate::protocol::Begin::Latest);
                 match self.ask("subscribe", topic, Query::Start { topic: name, begin, or_earliest }).await? {
-                    Reply::Start(Ok(place)) => source.follow(place),
+                    Reply::Start(Ok(place)) => attachment.follow(place),
                     Reply::Start(Err(gap)) => return Err(in_call(no_start(gap))),
                     _ => return Err(in_call(ErrorKind::Unavailable.into())),
                 }

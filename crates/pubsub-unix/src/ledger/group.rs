@@ -16,6 +16,8 @@ pub(crate) const MAX_PENDING: usize = 100_000;
 pub(super) struct Seated {
     /// The offset of the next event that is new to it.
     pub(super) next: u64,
+    /// Lost to the bound on retention before it was read, and not told yet.
+    lost: u64,
     seats: BTreeMap<(ClientId, u64), Taken>,
     pending: BTreeMap<u64, Pending>,
     /// What nobody holds, by when it is due.
@@ -33,6 +35,7 @@ struct Taken {
 struct Pending {
     stored: Stored,
     attempt: u32,
+    lagged: u64,
     holder: Option<(ClientId, u64)>,
     due: u64,
 }
@@ -51,9 +54,27 @@ impl Seated {
         self.seats.entry((client, member)).or_default();
     }
 
-    /// What it holds stays its own.
-    pub(super) fn leave(&mut self, client: ClientId, member: u64) {
-        self.seats.remove(&(client, member));
+    /// What it holds stays its own, but for what it never saw.
+    pub(super) fn leave(&mut self, client: ClientId, member: u64, heard: u64) {
+        let holder = (client, member);
+        let Some(Taken { number, handed }) = self.seats.remove(&holder) else { return };
+        for (offset, attempt) in handed.into_iter().filter(|_| number > heard) {
+            let is_its = |pending: &Pending| pending.holder == Some(holder) && pending.attempt == attempt;
+            if self.pending.get(&offset).is_some_and(is_its) {
+                self.set_free(offset, 0, 0);
+            }
+        }
+    }
+
+    pub(super) fn has_members(&self) -> bool {
+        !self.seats.is_empty()
+    }
+
+    /// An event was lost to the bound on retention.
+    pub(super) fn loses(&mut self, offset: u64) {
+        if self.next <= offset {
+            (self.next, self.lost) = (offset + 1, self.lost + 1);
+        }
     }
 
     pub(super) fn has_seat(&self, client: ClientId, member: u64) -> bool {
@@ -87,7 +108,8 @@ impl Seated {
             let still = last.handed.iter().filter_map(|(offset, attempt)| {
                 let pending = self.pending.get(offset)?;
                 let same = pending.holder == Some(holder) && pending.attempt == *attempt;
-                same.then(|| Handed { offset: *offset, attempt: *attempt, stored: pending.stored.clone() })
+                let Pending { lagged, stored, .. } = pending;
+                same.then(|| Handed { offset: *offset, attempt: *attempt, lagged: *lagged, stored: stored.clone() })
             });
             return Some(still.collect());
         }
@@ -97,9 +119,14 @@ impl Seated {
             let offset = if let Some((due, offset)) = due {
                 self.free.remove(&(due, offset));
                 offset
-            } else if self.pending.len() < MAX_PENDING && let Some((offset, stored)) = fresh(self.next) {
+            } else if self.pending.len() < MAX_PENDING
+                && let Some((offset, stored)) = fresh(self.next)
+            {
                 self.next = offset + 1;
-                self.pending.insert(offset, Pending { stored, attempt: 1, holder: None, due: now });
+                self.pending.insert(
+                    offset,
+                    Pending { stored, attempt: 1, lagged: std::mem::take(&mut self.lost), holder: None, due: now },
+                );
                 offset
             } else {
                 break;
@@ -107,22 +134,16 @@ impl Seated {
             let pending = self.pending.get_mut(&offset).expect("what is free is pending");
             pending.holder = Some(holder);
             bytes += pending.stored.json.len();
-            handed.push(Handed { offset, attempt: pending.attempt, stored: pending.stored.clone() });
+            // Told with the first attempt alone.
+            let lagged = if pending.attempt == 1 { pending.lagged } else { 0 };
+            handed.push(Handed { offset, attempt: pending.attempt, lagged, stored: pending.stored.clone() });
         }
         let seat = self.seats.get_mut(&holder).expect("looked up above");
         *seat = Taken { number: take.number, handed: handed.iter().map(|handed| (handed.offset, handed.attempt)).collect() };
         Some(handed)
     }
 
-    pub(super) fn settle(
-        &mut self,
-        client: ClientId,
-        member: u64,
-        offset: u64,
-        attempt: u32,
-        what: &What,
-        now: u64,
-    ) -> bool {
+    pub(super) fn settle(&mut self, client: ClientId, member: u64, offset: u64, attempt: u32, what: &What, now: u64) -> bool {
         let Some(pending) = self.pending.get_mut(&offset).filter(|pending| pending.attempt == attempt) else { return false };
         if pending.holder != Some((client, member)) {
             return false;
@@ -155,7 +176,7 @@ impl Seated {
 
     /// The topic was cleared: nothing is handed over or due any more, and the seats stay.
     pub(super) fn clear(&mut self) {
-        (self.next, self.pending, self.free) = (0, BTreeMap::new(), BTreeSet::new());
+        (self.next, self.lost, self.pending, self.free) = (0, 0, BTreeMap::new(), BTreeSet::new());
         self.seats.values_mut().for_each(|taken| taken.handed.clear());
     }
 

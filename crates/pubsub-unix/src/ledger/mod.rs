@@ -20,8 +20,8 @@ use self::group::Seated;
 use self::leases::Leases;
 use self::topic::Topic;
 use crate::protocol::{
-    Answer, Begin, Call, ClientId, GroupState, Handed, LeaseState, NoStart, Place, Query, Reply, Request, Seat, Stored, Stretch,
-    Take, ToBroker, What,
+    Answer, Begin, Call, ClientId, GroupState, Handed, NoStart, Place, Query, Reply, Request, Seat, Stored, Stretch, Take,
+    ToBroker, What,
 };
 
 /// How many topics there are at most, and groups in one of them.
@@ -135,9 +135,9 @@ impl Ledger {
             Request::Publish { topic, events } if self.is_full(topic, events) => Answer::Full,
             Request::Publish { topic, events } => self.publish(topic, events),
             Request::Join { seat, begin, or_earliest } => self.join(client, seat, begin.as_ref(), *or_earliest),
-            Request::Leave { seat } => {
+            Request::Leave { seat, heard } => {
                 if let Some(group) = self.group(seat) {
-                    group.leave(client, seat.member);
+                    group.leave(client, seat.member, *heard);
                 }
                 Answer::Done
             }
@@ -176,7 +176,8 @@ impl Ledger {
 
     // Events.
 
-    /// Whether these events have no place: what would have to go for them is not read by all groups yet.
+    /// Whether these events have no place: what would have to go for them is not read yet by all groups that have members. A group
+    /// without any holds nobody back; it loses what it has not read, and is told.
     fn is_full(&self, topic: &SmolStr, events: &[Stored]) -> bool {
         match self.topics.get(topic) {
             None => self.topics.len() >= MAX_TOPICS && !self.topics.values().any(Topic::is_expendable),
@@ -228,8 +229,8 @@ impl Ledger {
         }
     }
 
-    /// Lets go of what is beyond the bounds: of this topic by number, then of those used longest ago by bytes. What a group has not
-    /// read stays, but for a topic's own bound, which a publish that would break it is refused by.
+    /// Lets go of what is beyond the bounds: of this topic by number, then of those used longest ago by bytes. What a group with
+    /// members has not read stays, but for a topic's own bound, which a publish that would break it is refused by.
     fn make_room(&mut self, name: &SmolStr) {
         let limits = self.limits;
         if let Some(topic) = self.topics.get_mut(name) {
@@ -333,14 +334,14 @@ impl Ledger {
     /// The name of a topic in cursors.
     pub(crate) fn scope(&self, topic: &str) -> SmolStr {
         // FNV-1a: it has to be the same in every version.
-        let hash = topic.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = topic
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         smol_str::format_smolstr!("{:x}-{hash:x}", self.bus)
     }
 
     /// Answers what can be answered now: a read of nothing new cannot, nor whether a group is idle that is not.
-    pub(crate) fn ask(&self, query: &Query) -> Option<Reply> {
+    pub(crate) fn ask(&self, query: &Query, now: u64) -> Option<Reply> {
         Some(match query {
             Query::Start { topic, begin, or_earliest } => Reply::Start(self.start(topic, begin, *or_earliest)),
             Query::Read { topic, from, most } => Reply::Stretch(self.read(topic, *from, *most)?),
@@ -363,12 +364,8 @@ impl Ledger {
                     self.topics.get(topic).map_or((0, Vec::new()), |topic| (topic.retained(), topic.states()));
                 Reply::Status { retained, groups }
             }
-            Query::Holder { key } => Reply::Lease(self.holder(key)),
+            Query::Holder { key } => Reply::Lease(self.leases.holder(key, now)),
         })
-    }
-
-    fn holder(&self, key: &str) -> Option<LeaseState> {
-        self.leases.holder(key, self.now)
     }
 
     fn start(&self, name: &SmolStr, begin: &Begin, or_earliest: bool) -> Result<Place, NoStart> {

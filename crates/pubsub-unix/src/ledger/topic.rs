@@ -66,6 +66,8 @@ impl Topic {
                 Some(lost) => {
                     freed = lost.json.len() as u64;
                     self.ids.remove(&lost.id);
+                    let offset = self.floor - 1;
+                    self.groups.values_mut().for_each(|group| group.loses(offset));
                     break;
                 }
                 None => self.trimmed -= 1,
@@ -75,14 +77,14 @@ impl Topic {
         freed
     }
 
-    /// Whether the oldest event is one that every group has read.
+    /// Whether the oldest event is one that every group with members has read.
     pub(super) fn may_lose_oldest(&self) -> bool {
         self.retained() > 1 && self.oldest_unread().is_none_or(|unread| self.floor < unread)
     }
 
-    /// The offset of the first event that some group has not read.
+    /// The offset of the first event that some group with members has not read.
     pub(super) fn oldest_unread(&self) -> Option<u64> {
-        self.groups.values().map(|group| group.next).min()
+        self.groups.values().filter(|group| group.has_members()).map(|group| group.next).min()
     }
 
     /// The floor once so many of the oldest events are gone.
