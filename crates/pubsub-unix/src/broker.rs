@@ -46,13 +46,16 @@ pub(crate) struct Broker {
     changes: Vec<(ClientId, ToBroker, Bytes)>,
     asked: Vec<(ConnId, u64, Query)>,
     reads: HashMap<SmolStr, Vec<Waiting>>,
-    takes: HashMap<SmolStr, BTreeMap<SmolStr, VecDeque<(ClientId, Take, Bytes)>>>,
+    takes: HashMap<SmolStr, BTreeMap<SmolStr, Takes>>,
     /// Takes to be looked at in this turn, besides those of topics that changed.
     look: BTreeSet<SmolStr>,
     /// When to look at a topic's takes although nothing happened.
     dues: BTreeSet<(u64, SmolStr)>,
     ping_at: u64,
 }
+
+/// The takes of a group's members, in the order they came, each with its frame's body.
+type Takes = VecDeque<(ClientId, Take, Bytes)>;
 
 struct Peer {
     client: ClientId,

@@ -209,9 +209,8 @@ impl PubSub for UnixSocketPubSub {
             }
             Some(member) => {
                 let request = Request::Join { seat: member.seat.clone(), begin: start, or_earliest };
-                match self.call("subscribe", topic, request).await? {
-                    Answer::Joined(Err(gap)) => return Err(in_call(no_start(gap))),
-                    _ => {}
+                if let Answer::Joined(Err(gap)) = self.call("subscribe", topic, request).await? {
+                    return Err(in_call(no_start(gap)));
                 }
             }
         }

@@ -66,8 +66,10 @@ impl Seated {
         }
     }
 
-    pub(super) fn has_members(&self) -> bool {
-        !self.seats.is_empty()
+    /// Whether publishers wait for it rather than have it lose what it has not read: while it has members, unless it lost something
+    /// while it had none and was not told yet.
+    pub(super) fn holds_back(&self) -> bool {
+        !self.seats.is_empty() && self.lost == 0
     }
 
     /// An event was lost to the bound on retention.

@@ -77,14 +77,14 @@ impl Topic {
         freed
     }
 
-    /// Whether the oldest event is one that every group with members has read.
+    /// Whether the oldest event is one that every group has read which holds publishers back.
     pub(super) fn may_lose_oldest(&self) -> bool {
         self.retained() > 1 && self.oldest_unread().is_none_or(|unread| self.floor < unread)
     }
 
-    /// The offset of the first event that some group with members has not read.
+    /// The offset of the first event that a group which holds publishers back has not read.
     pub(super) fn oldest_unread(&self) -> Option<u64> {
-        self.groups.values().filter(|group| group.has_members()).map(|group| group.next).min()
+        self.groups.values().filter(|group| group.holds_back()).map(|group| group.next).min()
     }
 
     /// The floor once so many of the oldest events are gone.
