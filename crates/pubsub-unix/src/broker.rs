@@ -12,6 +12,7 @@ use foldhash::{HashMap, HashMapExt};
 use smol_str::SmolStr;
 
 use crate::frame::{self, Malformed};
+use crate::journal::entry;
 use crate::ledger::{Effect, Ledger};
 use crate::protocol::{Answer, Call, ClientId, FromBroker, Query, Take, ToBroker};
 
@@ -361,30 +362,4 @@ impl Broker {
         }
         self.ledger.take_dirty(); // by handing over, which nobody waits for
     }
-}
-
-/// An entry of the log: `u32 length, u64 time, u64 client`, and the frame's body as it came.
-fn entry(at: u64, client: ClientId, body: &[u8], out: &mut Vec<u8>) {
-    let length = u32::try_from(16 + body.len()).expect("a frame is shorter");
-    out.extend_from_slice(&length.to_le_bytes());
-    out.extend_from_slice(&at.to_le_bytes());
-    out.extend_from_slice(&client.to_le_bytes());
-    out.extend_from_slice(body);
-}
-
-/// Applies the entries of a log. One that is cut off at the end was never confirmed, and is not there. Returns how much was read.
-pub(crate) fn replay(ledger: &mut Ledger, log: &[u8]) -> usize {
-    let mut rest = log;
-    while let Some((length, tail)) = rest.split_first_chunk::<4>()
-        && let length = u32::from_le_bytes(*length) as usize
-        && length >= 16
-        && tail.len() >= length
-        && let Some((at, body)) = tail[..length].split_first_chunk::<8>()
-        && let Some((client, body)) = body.split_first_chunk::<8>()
-        && let Ok(change) = frame::body::<ToBroker>(body)
-    {
-        ledger.apply(u64::from_le_bytes(*at), u64::from_le_bytes(*client), &change);
-        rest = &tail[length..];
-    }
-    log.len() - rest.len()
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::libc;
 use nix::sys::statfs::{self, FsType};
 
-use crate::broker::replay;
+use crate::journal;
 use crate::ledger::{Ledger, Limits};
 
 /// How long a socket's path may be: the kernel's limit, less what private names add.
@@ -196,7 +196,8 @@ impl Log {
             Some(newest) => {
                 let mut bytes = Vec::new();
                 open(&paths.log(newest))?.read_to_end(&mut bytes)?;
-                read(&bytes).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the log's snapshot cannot be read"))?
+                journal::read(&bytes)
+                    .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the log's snapshot cannot be read"))?
             }
             None => Ledger::new(fastrand::u64(..), limits),
         };
@@ -209,10 +210,8 @@ impl Log {
         let unfinished = paths.beside(&format!("log.{epoch}.tmp"));
         let _ = fs::remove_file(&unfinished);
         let file = open(&unfinished)?;
-        let mut bytes = vec![0; 8];
-        bytes = postcard::to_extend(ledger, bytes).map_err(io::Error::other)?;
+        let bytes = journal::begin(ledger).map_err(io::Error::other)?;
         let snapshot = bytes.len() as u64;
-        bytes[..8].copy_from_slice(&snapshot.to_le_bytes());
         file.write_all_at(&bytes, 0).and_then(|()| if sync { file.sync_data() } else { Ok(()) }).inspect_err(|_| {
             let _ = fs::remove_file(&unfinished); // it takes the room that is lacking
         })?;
@@ -241,14 +240,6 @@ impl Log {
         *self = Self::create(&self.paths, self.epoch, ledger, self.sync)?;
         Ok(())
     }
-}
-
-fn read(log: &[u8]) -> Option<Ledger> {
-    let (snapshot, _) = log.split_first_chunk::<8>()?;
-    let snapshot = usize::try_from(u64::from_le_bytes(*snapshot)).ok()?;
-    let mut ledger: Ledger = postcard::from_bytes(log.get(8..snapshot)?).ok()?;
-    replay(&mut ledger, &log[snapshot..]);
-    Some(ledger)
 }
 
 /// Milliseconds on a clock that all processes of the host share, and that nobody sets.

@@ -5,6 +5,7 @@ mod convert;
 mod election;
 mod files;
 mod frame;
+mod journal;
 mod leases;
 mod ledger;
 mod link;
@@ -16,6 +17,9 @@ mod serve;
 mod session;
 mod subscription;
 mod unix;
+
+#[cfg(test)]
+mod model;
 
 pub use builder::UnixBuilder;
 pub use unix::UnixSocketPubSub;

@@ -59,7 +59,7 @@ pub(crate) struct Config {
 enum Kept {
     Answer(oneshot::Sender<Answer>),
     /// A settlement, or a dead letter: said again until it could be written.
-    Insist(Request, oneshot::Sender<Settled>),
+    Insist(oneshot::Sender<Settled>),
 }
 
 /// Who waits for a reply.
@@ -164,7 +164,7 @@ impl Link {
     /// Makes a change that nobody can be told the failure of: a settlement, or a dead letter.
     pub(crate) fn insist(&self, request: Request) -> Receipt {
         let (tell, receipt) = Receipt::pending();
-        self.make(request.clone(), Kept::Insist(request, tell));
+        self.make(request, Kept::Insist(tell));
         receipt
     }
 
@@ -287,15 +287,15 @@ impl Link {
             (heard, member)
         };
         match heard {
-            Heard::Answer(answer, Kept::Answer(tell)) => drop(tell.send(answer)),
-            Heard::Answer(Answer::Failed(_) | Answer::Full, Kept::Insist(request, tell)) => {
+            Heard::Answer(answer, _, Kept::Answer(tell)) => drop(tell.send(answer)),
+            Heard::Answer(Answer::Failed(_) | Answer::Full, request, Kept::Insist(tell)) => {
                 let link = self.clone();
                 tokio::spawn(async move {
                     sleep(INSISTENCE).await;
-                    link.make(request.clone(), Kept::Insist(request, tell));
+                    link.make(request, Kept::Insist(tell));
                 });
             }
-            Heard::Answer(answer, Kept::Insist(_, tell)) => {
+            Heard::Answer(answer, _, Kept::Insist(tell)) => {
                 let late = answer == Answer::Settled(false);
                 let _ = tell.send(if late { Settled::TooLate } else { Settled::Done }); // nobody may be waiting
             }

@@ -24,7 +24,7 @@ pub(crate) struct Session<C, A> {
 
 /// What a frame from the broker means here.
 pub(crate) enum Heard<C, A> {
-    Answer(Answer, C),
+    Answer(Answer, Request, C),
     Reply(u64, Reply, A),
     Taken {
         member: u64,
@@ -86,6 +86,11 @@ impl<C, A> Session<C, A> {
         self.calls.len()
     }
 
+    #[cfg(test)]
+    pub(crate) fn asking(&self) -> usize {
+        self.asks.len()
+    }
+
     pub(crate) fn call(&mut self, request: Request, kept: C) -> ToBroker {
         let number = self.next;
         self.next += 1;
@@ -128,7 +133,7 @@ impl<C, A> Session<C, A> {
     pub(crate) fn hear(&mut self, frame: FromBroker) -> Heard<C, A> {
         match frame {
             FromBroker::Answer { number, answer } => match self.calls.remove(&number) {
-                Some((_, kept)) => Heard::Answer(answer, kept),
+                Some((request, kept)) => Heard::Answer(answer, request, kept),
                 None => Heard::Nothing,
             },
             FromBroker::Reply { id, reply } => match self.asks.remove(&id) {
