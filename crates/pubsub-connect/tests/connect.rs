@@ -84,7 +84,13 @@ async fn each_refusal_names_what_is_at_fault() {
         ("memory://jobs", "url", "write `memory:NAME`"),
         ("memroy:", "url", "has the unknown scheme `memroy`; the nearest known one is `memory`"),
         ("reddis:", "url", "the nearest known one is `redis`"),
-        ("unix:a/b.sock", "url", "this version of pubsub-connect has no backend for `unix:`"),
+        ("redis:", "url", "this version of pubsub-connect has no backend for `redis:`"),
+        #[cfg(not(feature = "unix"))]
+        ("unix:a/b.sock", "url", "needs the cargo feature `unix`"),
+        #[cfg(feature = "unix")]
+        ("unix:", "url", "`unix:` needs the path of a socket"),
+        #[cfg(feature = "unix")]
+        ("unix:run/bus.sock?gracee=1s", "gracee", "the nearest known option is `grace`"),
         ("redis://h", "url", "this version of pubsub-connect has no backend for `redis:`"),
         ("rediss://h", "url", "this version of pubsub-connect has no backend for `rediss:`"),
         ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
@@ -163,7 +169,8 @@ async fn a_registry_takes_backends_of_ones_own() {
         let factory = |_: &mut BusUrl| Ok(async { Ok(Bus::from(EventEmitterPubSub::new())) });
         assert!(Registry::new().register(scheme, factory).is_err(), "{scheme}");
     }
-    assert_eq!(format!("{registry:?}"), r#"Registry { schemes: ["count", "memory"] }"#);
+    let schemes = if cfg!(feature = "unix") { r#"["count", "memory", "unix"]"# } else { r#"["count", "memory"]"# };
+    assert_eq!(format!("{registry:?}"), format!("Registry {{ schemes: {schemes} }}"));
 }
 
 #[test]
@@ -272,4 +279,17 @@ async fn a_registry_takes_stores_of_ones_own() {
     }
     assert_eq!(bus.inspect("t").await.unwrap().retained, Some(1));
     assert!(registry.connect("memory:?replay=shelf%3Fbords=1").await.is_err());
+}
+
+#[cfg(feature = "unix")]
+#[tokio::test]
+async fn a_socket_is_shared_by_all_who_name_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/bus.sock?max_events=100&sync=false", directory.path().display());
+    let (one, other) = (connect(&url).await.unwrap(), connect(&url).await.unwrap());
+    let mut listener = one.subscribe("t").await.unwrap();
+    other.publish_data("t", "x", 1).await.unwrap();
+    assert_eq!(*listener.next().await.unwrap().unwrap().data::<u32>().unwrap(), 1);
+    assert!(one.close(Duration::from_secs(1)).await.unwrap().is_clean());
+    assert!(other.close(Duration::from_secs(1)).await.unwrap().is_clean());
 }
