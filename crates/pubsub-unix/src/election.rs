@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -55,7 +55,7 @@ pub(crate) fn find(paths: &Paths, limits: Limits, sync: bool, supersede: bool) -
     if !supersede && let Some(stream) = dial(paths)? {
         return Ok(Found::Broker(stream));
     }
-    let stale = inode(paths);
+    let stale = stale(paths)?;
     let mut register = Register::open(paths)?;
     let epoch = register.claim()?;
     // From here on nobody believes an older broker: what it wrote and had confirmed until now is in its log.
@@ -77,6 +77,16 @@ pub(crate) fn find(paths: &Paths, limits: Limits, sync: bool, supersede: bool) -
     }
     paths.sweep(epoch, &seat.private);
     Ok(Found::Elected(Box::new(Office { epoch, register, ledger, log, seat })))
+}
+
+/// The inode of what was left behind under the public name. A file with something in it is somebody's, and stays.
+fn stale(paths: &Paths) -> io::Result<Option<u64>> {
+    match fs::symlink_metadata(&paths.socket) {
+        Ok(found) if found.file_type().is_socket() || (found.is_file() && found.len() == 0) => Ok(Some(found.ino())),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is something else under the socket's name")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Connects; none if nobody listens.

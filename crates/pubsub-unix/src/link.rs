@@ -31,7 +31,7 @@ use crate::session::{Heard, Session};
 const HUNG: Duration = Duration::from_secs(3);
 
 /// How long to wait at most before trying again to find a broker.
-const MAX_PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long the last words of an instance that was dropped may take.
 const LAST_WORDS: Duration = Duration::from_millis(250);
@@ -545,7 +545,7 @@ async fn last_words(link: &Link) {
 pub(crate) fn kind(error: &io::Error) -> ErrorKind {
     match error.kind() {
         io::ErrorKind::PermissionDenied => ErrorKind::Denied,
-        io::ErrorKind::InvalidData => ErrorKind::Backend(error.to_string().into()),
+        io::ErrorKind::InvalidData | io::ErrorKind::AlreadyExists => ErrorKind::Backend(error.to_string().into()),
         _ => ErrorKind::Unavailable,
     }
 }

@@ -127,7 +127,7 @@ impl World {
             attempts: HashMap::new(),
             done: BTreeSet::new(),
             calm: false,
-            fails: seed % 2 == 0,
+            fails: seed.is_multiple_of(2),
         };
         for _ in 0..world.rng.usize(2..6) {
             world.spawn();
