@@ -93,7 +93,7 @@ impl Broker {
     pub(crate) fn new(ledger: Ledger, patience: Patience, clock: u64) -> Self {
         let skew = ledger.now.saturating_sub(clock);
         let until = clock + skew + patience.absent;
-        let clients = ledger.seated_clients();
+        let clients = ledger.clients();
         let absent = clients.iter().map(|client| (until, *client)).collect();
         let clients = clients.into_iter().map(|client| (client, Client { session: 0, conn: None, until })).collect();
         Self {
@@ -216,6 +216,9 @@ impl Broker {
 
     /// Clients that stayed away leave their seats; those that are silent are asked, and in the end cut off.
     fn give_up_on_the_absent(&mut self, clock: u64, turn: &mut Turn) {
+        if self.ping_at > 0 && clock >= self.ping_at + PING {
+            self.was_stopped(clock);
+        }
         if clock >= self.ping_at {
             let silent = |peer: &Peer| clock.saturating_sub(peer.heard);
             let hung: Vec<ConnId> =
@@ -236,6 +239,18 @@ impl Broker {
             let mut bye = Vec::new();
             frame::encode(&ToBroker::Bye, &mut bye).expect("it is short");
             self.changes.push((client, ToBroker::Bye, Bytes::from(bye).slice(frame::HEADER..)));
+        }
+    }
+
+    /// No turn was made for so long that nobody could be heard: it counts against nobody.
+    fn was_stopped(&mut self, clock: u64) {
+        self.peers.values_mut().for_each(|peer| peer.heard = clock);
+        let until = clock + self.skew + self.patience.absent;
+        for (_, client) in std::mem::take(&mut self.absent) {
+            if let Some(known) = self.clients.get_mut(&client) {
+                known.until = until;
+                self.absent.insert((until, client));
+            }
         }
     }
 

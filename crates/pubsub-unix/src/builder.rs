@@ -48,7 +48,7 @@ impl UnixBuilder {
         }
     }
 
-    /// How long a publish waits for a broker, or for a group that is far behind, before it fails (5 s).
+    /// How long a publish waits for a group that is far behind before it fails with `Full` (5 s). Zero means not at all.
     #[must_use]
     pub fn publish_timeout(mut self, timeout: Duration) -> Self {
         self.publish_timeout = timeout;

@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 use crate::broker::{PING, Patience};
 use crate::election::{Found, find};
@@ -27,8 +27,11 @@ use crate::reader::Reader;
 use crate::serve::Serving;
 use crate::session::{Heard, Session};
 
-/// How long a broker may answer nothing before another takes its place.
+/// How long a broker may take to welcome a client before another takes its place.
 const HUNG: Duration = Duration::from_secs(3);
+
+/// How many pings, a second apart, it may leave unanswered.
+const UNANSWERED: u32 = 2;
 
 /// How long to wait at most before trying again to find a broker.
 const MAX_PAUSE: Duration = Duration::from_millis(20);
@@ -483,7 +486,8 @@ async fn read(
     epoch: u64,
 ) -> io::Result<bool> {
     let malformed = |why| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
-    let mut heard = Instant::now();
+    // Counted, not timed: after this process was stopped, the broker gets its time to answer.
+    let mut silent = 0;
     loop {
         // Whatever was read counts only if the broker was one when it was read: a successor would not know of it.
         if register.epoch()? != epoch {
@@ -499,10 +503,11 @@ async fn read(
                 if read? == 0 {
                     return Ok(false);
                 }
-                heard = Instant::now();
+                silent = 0;
             }
-            Err(_) if heard.elapsed() >= HUNG => return Ok(true),
+            Err(_) if silent == UNANSWERED => return Ok(true),
             Err(_) => {
+                silent += 1;
                 link.state.lock().say(&ToBroker::Ping);
                 link.more.notify_one();
             }

@@ -102,33 +102,35 @@ impl UnixSocketPubSub {
         Ok(Positions::none())
     }
 
-    /// Publishes what fits into one frame.
+    /// Publishes what fits into one frame. It waits until then for a group that is far behind.
     ///
     /// # Errors
     /// Why not, and what is known of the events.
-    async fn publish_piece(&self, topic: &Topic, events: &[Stored], until: Instant) -> Result<Vec<Cursor>, (ErrorKind, Fate)> {
-        let mut failures = 0;
+    async fn publish_piece(&self, topic: &Topic, events: &[Stored], until: Instant) -> Result<Vec<Cursor>, (Error, Fate)> {
+        let (answered, mut failures) = (Instant::now() + PATIENCE, 0);
         loop {
-            if timeout_at(until, self.remote.link.room()).await.is_err() {
-                return Err((ErrorKind::Unavailable, Fate::NotSent));
+            if timeout_at(answered, self.remote.link.room()).await.is_err() {
+                return Err((ErrorKind::Unavailable.into(), Fate::NotSent));
             }
             let request = Request::Publish { topic: topic.as_str().into(), events: events.to_vec() };
-            let pause = match timeout_at(until, self.remote.link.call(request)).await {
+            let pause = match timeout_at(answered.max(until), self.remote.link.call(request)).await {
                 Ok(Ok(Answer::Published { bus, generation, offsets })) => {
                     let scope = scope(&bus, generation);
                     return Ok(offsets.into_iter().map(|offset| Cursor::new(scope.clone(), offset)).collect());
                 }
                 Ok(Ok(Answer::Full)) if Instant::now() + FULL_PAUSE < until => FULL_PAUSE,
-                Ok(Ok(Answer::Full)) => return Err((ErrorKind::Full, Fate::NotSent)),
-                Ok(Ok(Answer::Failed(_))) if failures < FAILED_TRIES && Instant::now() + FAILED_PAUSE < until => {
+                Ok(Ok(Answer::Full)) => return Err((ErrorKind::Full.into(), Fate::NotSent)),
+                Ok(Ok(Answer::Failed(_))) if failures < FAILED_TRIES => {
                     failures += 1;
                     FAILED_PAUSE
                 }
-                Ok(Ok(Answer::Failed(_))) => return Err((ErrorKind::Unavailable, Fate::NotSent)),
+                Ok(Ok(Answer::Failed(why))) => {
+                    return Err((Error::new(ErrorKind::Unavailable).caused_by(why), Fate::NotSent));
+                }
                 // Taken, though where it stands is no longer known.
                 Ok(Ok(_)) => return Ok(Vec::new()),
-                Ok(Err(_)) => return Err((ErrorKind::Closed, Fate::Unknown)),
-                Err(_) => return Err((ErrorKind::Timeout, Fate::Unknown)),
+                Ok(Err(_)) => return Err((Error::closed(), Fate::Unknown)),
+                Err(_) => return Err((ErrorKind::Timeout.into(), Fate::Unknown)),
             };
             sleep(pause).await;
         }
@@ -164,8 +166,6 @@ impl PubSub for UnixSocketPubSub {
         }
         let limit = self.settings.max_payload;
         let stored = events.iter().map(|event| store(event, limit)).collect::<Result<Vec<_>>>().map_err(refuse)?;
-        // At a full queue zero means not at all; the way to the broker takes its time all the same.
-        let until = if options.timeout.is_some_and(|timeout| timeout.is_zero()) { Instant::now() + PATIENCE } else { until };
         let mut positions = Vec::with_capacity(events.len());
         let (mut sent, mut rest) = (0, &stored[..]);
         while !rest.is_empty() {
@@ -173,13 +173,13 @@ impl PubSub for UnixSocketPubSub {
             rest = later;
             match self.publish_piece(topic, piece, until).await {
                 Ok(cursors) => positions.extend(cursors),
-                Err((kind, fate)) => {
+                Err((error, fate)) => {
                     let fates = (0..events.len()).map(|at| match at {
                         _ if at < sent => Fate::Published,
                         _ if at < sent + piece.len() => fate,
                         _ => Fate::NotSent,
                     });
-                    return Err(PublishError::new(Error::new(kind).on(topic), fates.collect()));
+                    return Err(PublishError::new(error.on(topic), fates.collect()));
                 }
             }
             sent += piece.len();

@@ -247,3 +247,32 @@ async fn another_process_serves_soon_after_the_broker_was_killed() {
     eprintln!("from the kill to the first event: {took:?}");
     assert!(took[2] < Duration::from_secs(1), "{took:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_stopped_is_superseded_and_comes_back_as_one_of_many() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut stopped = Other::start(directory.path(), 0);
+    while !stopped.said().contains("published") {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let bus = connect(&directory.path().join("bus")).await;
+    let mut listener = bus.subscribe("after").await.unwrap();
+    assert_eq!(broker(directory.path()), Some(stopped.child.id()));
+    kill(stopped.pid(), Signal::SIGSTOP).unwrap();
+    let event = [Arc::new(Event::new("x"))];
+    let served = async { while bus.publish_with("after", &event, PublishOptions::new()).await.is_err() {} };
+    timeout(Duration::from_secs(20), served).await.expect("another serves");
+    assert_eq!(broker(directory.path()), Some(std::process::id()));
+    let before = stopped.said().len();
+    kill(stopped.pid(), Signal::SIGCONT).unwrap();
+    let goes_on = async {
+        while stopped.said().len() < before + 1000 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), goes_on).await.expect("it goes on as a client");
+    assert_eq!(broker(directory.path()), Some(std::process::id()), "and leaves the new broker alone");
+    assert_eq!(listener.next().await.unwrap().unwrap().event().id(), event[0].id());
+    stopped.kill();
+    bus.close(Duration::from_secs(1)).await.unwrap();
+}

@@ -51,6 +51,10 @@ impl Clients {
         self.forget_old(now);
     }
 
+    pub(super) fn present(&self) -> impl Iterator<Item = ClientId> {
+        self.clients.iter().filter(|(_, answers)| answers.gone_since.is_none()).map(|(client, _)| *client)
+    }
+
     pub(super) fn gone(&mut self, client: ClientId, now: u64) {
         if let Some(answers) = self.clients.get_mut(&client) {
             answers.gone_since = Some(now);

@@ -120,9 +120,10 @@ impl Ledger {
         }
     }
 
-    /// The clients that have a seat or hold something.
-    pub(crate) fn seated_clients(&self) -> HashSet<ClientId> {
-        self.topics.values().flat_map(|topic| topic.groups.values()).flat_map(Seated::clients).collect()
+    /// The clients that are not gone.
+    pub(crate) fn clients(&self) -> HashSet<ClientId> {
+        let seated = self.topics.values().flat_map(|topic| topic.groups.values()).flat_map(Seated::clients);
+        seated.chain(self.clients.present()).collect()
     }
 
     pub(crate) fn take_dirty(&mut self) -> Vec<SmolStr> {
