@@ -5,6 +5,7 @@ mod emitter;
 mod memory_store;
 pub mod redis;
 mod slow_remote;
+mod unix;
 
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ pub use emitter::EmitterHarness;
 pub use memory_store::MemoryStoreHarness;
 pub use redis::RedisHarness;
 pub use slow_remote::SlowRemoteHarness;
+pub use unix::{UnixHarness, is_other_unix_process, other_unix_process};
 
 use crate::Harness;
 use crate::stores::StoreHarness;
@@ -22,10 +24,11 @@ const SEED: u64 = 0x510;
 
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    let backends: [Arc<dyn Harness>; 4] = [
+    let backends: [Arc<dyn Harness>; 5] = [
         Arc::new(EmitterHarness::plain()),
         Arc::new(EmitterHarness::strict()),
         Arc::new(SlowRemoteHarness::new(SEED)),
+        Arc::new(UnixHarness::new()),
         Arc::new(RedisHarness::default()),
     ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();

@@ -15,6 +15,7 @@
 //! | --- | --- | --- |
 //! | `memory:` | within the process, of its own | `memory` (default) |
 //! | `memory:NAME` | within the process, shared by all who connect to that name | `memory` (default) |
+//! | `unix:PATH`, relative or absolute | among the processes of the host that name the socket at that path | `unix` |
 //! | `redis://[user:password@]host[:port][/database]` | over a Redis server, 7.0 or later | `redis` |
 //! | `rediss://...` | the same, encrypted | `rediss` |
 //!
@@ -23,9 +24,10 @@
 //! # Options
 //!
 //! They follow a `?`, under the names and with the defaults of the backend's builder; see [`BusUrl`] for how values are written.
-//! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`. `redis:` and `rediss:` take `prefix`,
-//! `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`, `command_timeout`, `reclaim_after`
-//! and `linger`. Every URL takes
+//! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`; `unix:` takes
+//! `publish_timeout`, `max_payload`, `max_events`, `max_bytes`, `grace`, `hang_timeout`, `max_peer_bytes` and `sync`; `redis:` and
+//! `rediss:` take `prefix`, `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`,
+//! `command_timeout`, `reclaim_after` and `linger`. Every URL takes
 //!
 //! - `replay=memory` or `replay=URL`, with the cargo feature `replay`: the bus keeps its events in a store, numbers them, and replays
 //!   them (clauses R1 to R6). `memory` is a store within the process, of the bus's own; if the bus is `memory:NAME`, all who connect to
@@ -51,6 +53,8 @@ mod redis;
 mod registry;
 #[cfg(feature = "replay")]
 mod replay;
+#[cfg(all(feature = "unix", target_os = "linux"))]
+mod unix;
 mod url;
 
 use pubsub_core::{Bus, Result};

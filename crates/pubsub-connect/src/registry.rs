@@ -20,7 +20,7 @@ pub const MAX_NESTING: usize = 4;
 
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
 const BACKENDS: &[(&str, Option<&str>)] =
-    &[("memory", Some("memory")), ("unix", None), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", None)];
+    &[("memory", Some("memory")), ("unix", Some("unix")), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", None)];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
 
@@ -61,6 +61,8 @@ impl Registry {
         let registry = Self::new();
         #[cfg(feature = "memory")]
         let registry = registry.with("memory", crate::memory::memory);
+        #[cfg(all(feature = "unix", target_os = "linux"))]
+        let registry = registry.with("unix", crate::unix::unix);
         #[cfg(feature = "replay")]
         let registry = registry.with_store("memory", crate::replay::memory);
         #[cfg(feature = "redis")]

@@ -84,7 +84,12 @@ async fn each_refusal_names_what_is_at_fault() {
         ("memory://jobs", "url", "write `memory:NAME`"),
         ("memroy:", "url", "has the unknown scheme `memroy`; the nearest known one is `memory`"),
         ("reddis:", "url", "the nearest known one is `redis`"),
-        ("unix:a/b.sock", "url", "this version of pubsub-connect has no backend for `unix:`"),
+        #[cfg(not(feature = "unix"))]
+        ("unix:a/b.sock", "url", "needs the cargo feature `unix`"),
+        #[cfg(feature = "unix")]
+        ("unix:", "url", "`unix:` needs the path of a socket"),
+        #[cfg(feature = "unix")]
+        ("unix:run/bus.sock?gracee=1s", "gracee", "the nearest known option is `grace`"),
         ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
         ("memory:?leases=nowhere", "url", "begins with no scheme"),
         ("memory:?leases=memory:%3Fmax_paylod=1", "max_paylod", "`max_payload`"),
@@ -304,4 +309,17 @@ async fn what_is_wrong_with_a_redis_url_is_named() {
     let error = refused(&format!("redis://user:s3cr3t@127.0.0.1:{port}/1?max_len=none&max_age=1h&command_timeout=1s")).await;
     assert_eq!(error.kind(), &ErrorKind::Unavailable);
     assert!(!format!("{error} {error:?}").contains("s3cr3t"));
+}
+
+#[cfg(feature = "unix")]
+#[tokio::test]
+async fn a_socket_is_shared_by_all_who_name_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/bus.sock?max_events=100&sync=false", directory.path().display());
+    let (one, other) = (connect(&url).await.unwrap(), connect(&url).await.unwrap());
+    let mut listener = one.subscribe("t").await.unwrap();
+    other.publish_data("t", "x", 1).await.unwrap();
+    assert_eq!(*listener.next().await.unwrap().unwrap().data::<u32>().unwrap(), 1);
+    assert!(one.close(Duration::from_secs(1)).await.unwrap().is_clean());
+    assert!(other.close(Duration::from_secs(1)).await.unwrap().is_clean());
 }

@@ -1,0 +1,241 @@
+//! The bus on a Unix socket as a harness: instances in this process and in others, and a broker that is made to go.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use parking_lot::Mutex;
+use pubsub_core::{
+    Capabilities, Deduplication, Durability, Error, ErrorKind, Event, EventId, Group, Groups, PubSub, PublishOptions, Reach,
+    Result, Retention, SubscribeOptions, Topic,
+};
+use pubsub_unix::UnixSocketPubSub;
+
+use crate::{Fault, Faults, Harness, Job, Process, Processes, Timing};
+
+const JOB: &str = "PUBSUB_CONFORMANCE_UNIX_JOB";
+const READY: &str = "ready";
+
+/// The bus at a socket in a directory of its own: `unix`.
+pub struct UnixHarness {
+    all: Arc<Directories>,
+    directory: PathBuf,
+    outage: Mutex<Option<File>>,
+}
+
+/// What harnesses have made: instances outlive the harness they came from, so the directories go with the last of all.
+#[derive(Default)]
+struct Directories {
+    parent: PathBuf,
+    next: AtomicU64,
+}
+
+impl Drop for Directories {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.parent);
+    }
+}
+
+impl UnixHarness {
+    /// A bus of its own.
+    pub fn new() -> Self {
+        let unique = EventId::random().to_string();
+        let parent = std::env::temp_dir().join(format!("pubsub-unix-{}", &unique[..8]));
+        Self::among(Arc::new(Directories { parent, next: AtomicU64::new(0) }))
+    }
+
+    fn among(all: Arc<Directories>) -> Self {
+        let directory = all.parent.join(all.next.fetch_add(1, Ordering::Relaxed).to_string());
+        Self { all, directory, outage: Mutex::new(None) }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join("bus")
+    }
+
+    /// Claims an epoch in the broker's place: it stops, and everybody looks for another.
+    fn depose(&self) -> Result<()> {
+        let register = OpenOptions::new().create(true).append(true).open(self.directory.join("bus.epoch"));
+        register.and_then(|mut register| register.write_all(&[b'-'; 32])).map_err(failed)
+    }
+}
+
+impl Default for UnixHarness {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::new(ErrorKind::Unavailable).caused_by(error)
+}
+
+#[async_trait]
+impl Harness for UnixHarness {
+    fn name(&self) -> &str {
+        "unix"
+    }
+
+    fn declared(&self) -> Capabilities {
+        let mut declared = Capabilities::in_process();
+        declared.reach = Reach::Host;
+        declared.durability = Durability::ProcessDeath;
+        declared.retention = Retention::History;
+        declared.dead_letter_history = true;
+        declared.groups = Groups::Durable;
+        declared.deduplication = Deduplication::Window { events: Some(10_000), age: None };
+        declared.publish_waits = false;
+        declared.max_payload = Some(16 << 20);
+        declared.leases = Some(Reach::Host);
+        declared
+    }
+
+    async fn fresh(&self) -> Result<Arc<dyn Harness>> {
+        Ok(Arc::new(Self::among(self.all.clone())))
+    }
+
+    async fn connect(&self) -> Result<Arc<dyn PubSub>> {
+        Ok(Arc::new(UnixSocketPubSub::connect(self.socket()).await?))
+    }
+
+    fn timing(&self) -> Timing {
+        let mut timing = Timing::in_process().scaled(2.0);
+        timing.reclaim = Duration::from_secs(2);
+        timing.patience = Duration::from_secs(15);
+        timing.limit = Duration::from_secs(30);
+        timing
+    }
+
+    fn faults(&self) -> Option<&dyn Faults> {
+        Some(self)
+    }
+
+    fn processes(&self) -> Option<&dyn Processes> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Faults for UnixHarness {
+    fn can(&self, fault: Fault) -> bool {
+        matches!(fault, Fault::Sever | Fault::Restart | Fault::Outage | Fault::Heal)
+    }
+
+    async fn inject(&self, fault: Fault) -> Result<()> {
+        match fault {
+            Fault::Sever | Fault::Restart => self.depose()?,
+            Fault::Outage => {
+                fs::create_dir_all(&self.directory).map_err(failed)?;
+                // Nobody can be elected while somebody else has the lock.
+                let mut options = OpenOptions::new();
+                let lock = options.read(true).write(true).create(true).truncate(false).open(self.directory.join("bus.lock"));
+                let lock = lock.map_err(failed)?;
+                self.depose()?;
+                tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))
+                    .await
+                    .map_err(io::Error::other)
+                    .flatten()
+                    .map(|lock| self.outage.lock().replace(lock))
+                    .map_err(failed)?;
+                self.depose()?; // should somebody have been faster
+                while self.socket().exists() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            }
+            Fault::Heal => drop(self.outage.lock().take()),
+            _ => return Err(failed(io::Error::other("this cannot be made to happen"))),
+        }
+        Ok(())
+    }
+}
+
+/// Another process: the program that runs the suite, started once more with a job in its environment.
+struct Other(Child);
+
+#[async_trait]
+impl Processes for UnixHarness {
+    async fn start(&self, job: Job) -> Result<Box<dyn Process>> {
+        let socket = self.socket().display().to_string();
+        let job = match job {
+            Job::Publish { topic, count } => format!("{socket}|publish|{topic}||{count}"),
+            Job::Hold { topic, group, count } => format!("{socket}|hold|{topic}|{group}|{count}"),
+        };
+        let starting = tokio::task::spawn_blocking(move || {
+            let mut command = Command::new(std::env::current_exe()?);
+            command.env(JOB, job).stdin(Stdio::null()).stdout(Stdio::piped());
+            let mut other = Other(command.spawn()?);
+            let mut said = String::new();
+            let stdout = other.0.stdout.take().expect("it is piped");
+            BufReader::new(stdout).read_line(&mut said)?;
+            if said.trim() == READY { Ok(other) } else { Err(io::Error::other("another process failed")) }
+        });
+        let other = starting.await.map_err(io::Error::other).flatten().map_err(failed)?;
+        Ok(Box::new(other))
+    }
+}
+
+#[async_trait]
+impl Process for Other {
+    async fn kill(mut self: Box<Self>) -> Result<()> {
+        self.0.kill().and_then(|()| self.0.wait()).map(drop).map_err(failed)
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Whether this process was started to do a job. Every program that runs the suite over this harness asks that first, and then
+/// leaves its `main` to [`other_unix_process`].
+pub fn is_other_unix_process() -> bool {
+    std::env::var_os(JOB).is_some()
+}
+
+/// Does the job this process was started for, reports ready, and waits to be killed.
+pub fn other_unix_process() -> ExitCode {
+    let job = std::env::var(JOB).unwrap_or_default();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    match runtime.block_on(work(&job)) {
+        Ok(never) => match never {},
+        Err(error) => {
+            eprintln!("{job}: {error} ({error:?})");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+enum Never {}
+
+async fn work(job: &str) -> Result<Never> {
+    let words: Vec<&str> = job.split('|').collect();
+    let [socket, what, topic, group, count] = words[..] else {
+        return Err(failed(io::Error::other("a job that is not understood")));
+    };
+    let (bus, topic) = (UnixSocketPubSub::connect(Path::new(socket)).await?, Topic::new(topic)?);
+    let count: usize = count.parse().map_err(|error| failed(io::Error::other(error)))?;
+    let (mut held, mut member) = (Vec::new(), None);
+    if what == "publish" {
+        for number in 0..count {
+            let event = Arc::new(Event::new(number.to_string()));
+            bus.publish(&topic, &[event], PublishOptions::new()).await?;
+        }
+    } else {
+        let member = member.insert(bus.subscribe(&topic, SubscribeOptions::group(Group::new(group)?)).await?);
+        while held.len() < count
+            && let Some(next) = member.next().await
+        {
+            held.push(next?);
+        }
+    }
+    println!("{READY}");
+    std::future::pending().await
+}

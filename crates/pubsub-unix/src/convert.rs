@@ -1,0 +1,58 @@
+//! Events to and from what travels.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use pubsub_core::{Cursor, Event, EventId, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire};
+use smol_str::SmolStr;
+
+use crate::protocol::{Begin, Id, Stored};
+
+/// An event as it travels. An index it has is a decorator's, and stays.
+///
+/// # Errors
+/// `TooLarge`, and `NotSerializable`.
+pub(crate) fn store(event: &Event, limit: usize) -> Result<Stored> {
+    let encoded = event.check_size(limit).and_then(|()| wire::encode(event));
+    let json = Bytes::from(encoded.map_err(|error| error.on(event.id()))?);
+    Ok(Stored { id: event.id().into(), created_at: event.created_at().as_millis(), json })
+}
+
+pub(crate) fn decode(stored: &Stored) -> Result<Event> {
+    Ok(wire::decode(&stored.json, None)?.event)
+}
+
+/// What cannot be read goes to the dead-letter topic as text, if there is one.
+pub(crate) fn letter_of_malformed(
+    topic: &Topic,
+    options: &SubscribeOptions,
+    stored: &Stored,
+    attempt: u32,
+) -> Option<(SmolStr, Stored)> {
+    let to = options.dead_letter.as_ref()?;
+    let text = String::from_utf8_lossy(&stored.json).into_owned();
+    let id = match &stored.id {
+        Id::Uuid(bytes) => EventId::from(uuid::Uuid::from_bytes(*bytes)),
+        Id::Text(text) => EventId::new(text).unwrap_or_else(|_| EventId::random()),
+    };
+    let created_at = Timestamp::from_millis(stored.created_at).unwrap_or_else(|_| Timestamp::now());
+    let event = Event::stamped(id, "malformed", created_at).with_data(text);
+    let letter = dead_letter(&event, topic, options.group.as_ref(), attempt, "not an event");
+    Some((to.as_str().into(), store(&letter, usize::MAX).ok()?))
+}
+
+/// The scope that a broker's names make.
+pub(crate) fn scope(bus: &str, generation: u64) -> Arc<Scope> {
+    let named = Scope::new(bus, generation.to_string());
+    // Only a broker that is none of ours names a bus otherwise.
+    Arc::new(named.unwrap_or_else(|_| Scope::new("unknown", "0").expect("plain text")))
+}
+
+/// A start as it travels. There is none from an index: those are refused as unsupported before.
+pub(crate) fn begin(start: &Start) -> Begin {
+    match start {
+        Start::Earliest => Begin::Earliest,
+        Start::After(cursor) => Begin::After(Cursor::to_string(cursor)),
+        Start::Latest | Start::Index(_) => Begin::Latest,
+    }
+}

@@ -1,0 +1,202 @@
+//! Frames: `u32 length, u8 flags, body`, little-endian, where the body's first byte is the frame's type.
+//!
+//! The decoder knows no socket: it is given bytes as they come and yields whole frames. The length counts flags and body. Before
+//! the first frame each side sends one line of JSON, so that a peer of another kind, or of another version, is told from ours.
+
+use bytes::{Buf, Bytes, BytesMut};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// The longest frame: what is longer disconnects its sender. Leaves room for a `max_payload` of 32 MiB and its wrapping.
+pub(crate) const MAX_FRAME: usize = 64 << 20;
+
+/// What comes before a body: its length and the flags.
+pub(crate) const HEADER: usize = 5;
+
+/// The longest greeting.
+const MAX_LINE: usize = 4096;
+
+/// A frame of an unknown type with this flag ends the connection; without it, it is skipped.
+const CRITICAL: u8 = 1;
+
+/// Why a peer's bytes cannot be understood. The connection is closed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Malformed {
+    TooLong(usize),
+    Empty,
+    Body,
+}
+
+/// Appends a frame.
+///
+/// # Errors
+/// If it would be longer than [`MAX_FRAME`]; nothing has been appended then.
+pub(crate) fn encode<T: Serialize>(frame: &T, out: &mut Vec<u8>) -> Result<(), Malformed> {
+    let start = out.len();
+    out.extend_from_slice(&[0, 0, 0, 0, CRITICAL]);
+    let body = postcard::to_extend(frame, Tail(out)).map_err(|_| Malformed::Body)?;
+    let length = body.0.len() - start - 4;
+    if length > MAX_FRAME {
+        body.0.truncate(start);
+        return Err(Malformed::TooLong(length));
+    }
+    body.0[start..start + 4].copy_from_slice(&u32::try_from(length).expect("checked above").to_le_bytes());
+    Ok(())
+}
+
+/// Postcard wants to own what it extends.
+struct Tail<'a>(&'a mut Vec<u8>);
+
+impl Extend<u8> for Tail<'_> {
+    fn extend<I: IntoIterator<Item = u8>>(&mut self, bytes: I) {
+        self.0.extend(bytes);
+    }
+}
+
+/// Reads a body.
+///
+/// # Errors
+/// If it is not a `T` from its first byte to its last.
+pub(crate) fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((frame, [])) => Ok(frame),
+        Ok(_) | Err(_) => Err(Malformed::Body),
+    }
+}
+
+/// Cuts a stream of bytes into frames.
+#[derive(Debug, Default)]
+pub(crate) struct Decoder {
+    pub(crate) buffer: BytesMut,
+}
+
+impl Decoder {
+    /// The greeting, once its line is whole.
+    pub(crate) fn greeting(&mut self) -> Result<Option<Greeting>, Malformed> {
+        let Some(end) = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n') else {
+            return if self.buffer.len() >= MAX_LINE { Err(Malformed::Body) } else { Ok(None) };
+        };
+        let line = self.buffer.split_to(end + 1);
+        serde_json::from_slice(&line).map(Some).map_err(|_| Malformed::Body)
+    }
+
+    /// The body of the next frame, once it is whole.
+    pub(crate) fn next(&mut self) -> Result<Option<Bytes>, Malformed> {
+        loop {
+            let Some(header) = self.buffer.first_chunk::<4>() else { return Ok(None) };
+            let length = u32::from_le_bytes(*header) as usize;
+            // Judged before anything of it is awaited: a lie costs no memory.
+            if length > MAX_FRAME {
+                return Err(Malformed::TooLong(length));
+            }
+            if length < 2 {
+                return Err(Malformed::Empty);
+            }
+            if self.buffer.len() < 4 + length {
+                return Ok(None);
+            }
+            self.buffer.advance(4);
+            let flags = self.buffer.get_u8();
+            let body = self.buffer.split_to(length - 1).freeze();
+            let known = body[0] < TYPES;
+            if known || flags & CRITICAL != 0 {
+                return Ok(Some(body));
+            }
+        }
+    }
+}
+
+/// How many types there are, in either direction.
+const TYPES: u8 = 6;
+
+/// The line each side sends first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub(crate) enum Greeting {
+    /// A client introduces itself. Its newest session is the one that counts.
+    Hello { v: u32, client: u64, session: u64 },
+    /// A broker answers, with the epoch it claimed.
+    Welcome { v: u32, epoch: u64 },
+}
+
+impl Greeting {
+    pub(crate) fn line(&self) -> Vec<u8> {
+        let mut line = serde_json::to_vec(self).expect("plain data is JSON");
+        line.push(b'\n');
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::protocol::{Query, ToBroker};
+
+    fn frames() -> Vec<ToBroker> {
+        vec![
+            ToBroker::Ping,
+            ToBroker::Ask { id: 7, query: Query::Status { topic: "a topic with more than twenty-three bytes".into() } },
+            ToBroker::Cancel { id: u64::MAX },
+            ToBroker::Bye,
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn frames_come_whole_however_they_are_cut(cuts in proptest::collection::vec(1usize..9, 0..200)) {
+            let greeting = Greeting::Hello { v: 1, client: 9, session: 2 };
+            let mut bytes = greeting.line();
+            frames().iter().for_each(|frame| encode(frame, &mut bytes).unwrap());
+            let (mut decoder, mut found, mut greeted) = (Decoder::default(), Vec::new(), None);
+            let mut cuts = cuts.into_iter();
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(cuts.next().unwrap_or(1).min(rest.len()));
+                decoder.buffer.extend_from_slice(now);
+                rest = later;
+                if greeted.is_none() {
+                    greeted = decoder.greeting().unwrap();
+                }
+                while greeted.is_some() && let Some(frame) = decoder.next().unwrap() {
+                    found.push(body::<ToBroker>(&frame).unwrap());
+                }
+            }
+            prop_assert_eq!(greeted, Some(greeting));
+            prop_assert_eq!(found, frames());
+        }
+
+        #[test]
+        fn garbage_is_refused_or_awaited_and_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let mut decoder = Decoder::default();
+            decoder.buffer.extend_from_slice(&bytes);
+            drop(decoder.greeting());
+            while let Ok(Some(frame)) = decoder.next() {
+                drop(body::<ToBroker>(&frame));
+                drop(body::<crate::protocol::FromBroker>(&frame));
+            }
+        }
+    }
+
+    #[test]
+    fn a_lie_about_the_length_is_told_at_once() {
+        let mut decoder = Decoder::default();
+        decoder.buffer.extend_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(decoder.next(), Err(Malformed::TooLong(u32::MAX as usize)));
+    }
+
+    #[test]
+    fn what_is_unknown_is_skipped_unless_it_is_critical() {
+        let mut decoder = Decoder::default();
+        decoder.buffer.extend_from_slice(&[3, 0, 0, 0, 0, 99, 1]);
+        encode(&ToBroker::Ping, &mut { Vec::new() }).unwrap();
+        let mut ping = Vec::new();
+        encode(&ToBroker::Ping, &mut ping).unwrap();
+        decoder.buffer.extend_from_slice(&ping);
+        assert_eq!(body(&decoder.next().unwrap().unwrap()), Ok(ToBroker::Ping));
+        decoder.buffer.extend_from_slice(&[3, 0, 0, 0, CRITICAL, 99, 1]);
+        let critical = decoder.next().unwrap().unwrap();
+        assert_eq!(body::<ToBroker>(&critical), Err(Malformed::Body));
+    }
+}

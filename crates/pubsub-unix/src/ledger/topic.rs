@@ -1,0 +1,198 @@
+//! A topic: a bounded log of events that counts densely within a generation, and the groups that read it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use foldhash::HashMap;
+use pubsub_core::{Cursor, Scope, TrimFilter, wire};
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+
+use super::STRETCH_BYTES;
+use super::group::Seated;
+use crate::protocol::{Begin, ClientId, GroupState, Handed, Id, NoStart, Place, Stored, Stretch, Take};
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Topic {
+    pub(super) generation: u64,
+    /// The offset of the first of `events`; what lies below was lost to a bound.
+    floor: u64,
+    /// None where an event was trimmed.
+    events: VecDeque<Option<Stored>>,
+    trimmed: u64,
+    /// Where each event is, by id: a repeated one is not another.
+    ids: HashMap<Id, u64>,
+    pub(super) groups: BTreeMap<SmolStr, Seated>,
+    pub(super) bytes: u64,
+    /// When it was last published to, among all topics.
+    pub(super) used: u64,
+}
+
+impl Topic {
+    pub(super) fn new(generation: u64) -> Self {
+        Self { generation, ..Self::default() }
+    }
+
+    fn next(&self) -> u64 {
+        self.floor + self.events.len() as u64
+    }
+
+    pub(super) fn retained(&self) -> u64 {
+        self.events.len() as u64 - self.trimmed
+    }
+
+    /// Appends an event, unless it is here already. Returns its offset.
+    pub(super) fn append(&mut self, event: &Stored) -> u64 {
+        if let Some(place) = self.ids.get(&event.id) {
+            return *place;
+        }
+        let offset = self.next();
+        self.bytes += event.json.len() as u64;
+        self.ids.insert(event.id.clone(), offset);
+        self.events.push_back(Some(event.clone()));
+        offset
+    }
+
+    pub(super) fn count_new(&self, events: &[Stored]) -> u64 {
+        events.iter().filter(|event| !self.ids.contains_key(&event.id)).count() as u64
+    }
+
+    /// Lets go of the oldest event. Returns its bytes.
+    pub(super) fn lose_oldest(&mut self) -> u64 {
+        let mut freed = 0;
+        while let Some(oldest) = self.events.pop_front() {
+            self.floor += 1;
+            match oldest {
+                Some(lost) => {
+                    freed = lost.json.len() as u64;
+                    self.ids.remove(&lost.id);
+                    let offset = self.floor - 1;
+                    self.groups.values_mut().for_each(|group| group.loses(offset));
+                    break;
+                }
+                None => self.trimmed -= 1,
+            }
+        }
+        self.bytes -= freed;
+        freed
+    }
+
+    /// Whether the oldest event is one that every group has read which holds publishers back.
+    pub(super) fn may_lose_oldest(&self) -> bool {
+        self.retained() > 1 && self.oldest_unread().is_none_or(|unread| self.floor < unread)
+    }
+
+    /// The offset of the first event that a group which holds publishers back has not read.
+    pub(super) fn oldest_unread(&self) -> Option<u64> {
+        self.groups.values().filter(|group| group.holds_back()).map(|group| group.next).min()
+    }
+
+    /// The floor once so many of the oldest events are gone.
+    pub(super) fn oldest_after(&self, count: u64) -> u64 {
+        let kept = self.events.iter().enumerate().filter(|(_, event)| event.is_some());
+        let after = kept.map(|(place, _)| place as u64 + 1).nth(usize::try_from(count).unwrap_or(usize::MAX).saturating_sub(1));
+        self.floor + after.unwrap_or(self.events.len() as u64 + count)
+    }
+
+    /// Whether nobody would miss more than its history.
+    pub(super) fn is_expendable(&self) -> bool {
+        self.groups.is_empty() || self.groups.values().all(|group| group.is_idle() && group.next >= self.next())
+    }
+
+    pub(super) fn has_from(&self, offset: u64) -> bool {
+        self.from(offset).next().is_some()
+    }
+
+    /// What is retained at this offset and behind it.
+    fn from(&self, offset: u64) -> impl Iterator<Item = (u64, &Stored)> + Clone {
+        let first = offset.max(self.floor);
+        let skipped = usize::try_from(first - self.floor).unwrap_or(usize::MAX).min(self.events.len());
+        let numbered = (first..).zip(self.events.range(skipped..));
+        numbered.filter_map(|(offset, event)| Some((offset, event.as_ref()?)))
+    }
+
+    pub(super) fn ends(&self) -> (Option<u64>, Option<u64>) {
+        let last = self.events.iter().rposition(Option::is_some).map(|place| self.floor + place as u64);
+        (self.from(0).next().map(|(offset, _)| offset), last)
+    }
+
+    pub(super) fn start(&self, scope: &str, begin: &Begin, or_earliest: bool) -> Result<u64, NoStart> {
+        let found = match begin {
+            Begin::Latest => Ok(self.next()),
+            Begin::Earliest => Ok(self.floor),
+            Begin::After(cursor) => self.behind(scope, cursor),
+        };
+        found.or_else(|gap| if or_earliest { Ok(self.floor) } else { Err(gap) })
+    }
+
+    fn behind(&self, scope: &str, cursor: &str) -> Result<u64, NoStart> {
+        let cursor: Cursor = cursor.parse().map_err(|_| NoStart::OtherBus)?;
+        let own = |generation: &str| Scope::new(scope, generation).map_err(|_| NoStart::OtherBus);
+        let position = own(&self.generation.to_string())?.admits(&cursor).map_err(|gap| match gap {
+            pubsub_core::Gap::OtherGeneration => NoStart::OtherGeneration,
+            _ => NoStart::OtherBus,
+        })?;
+        match position.major.saturating_add(1) {
+            from if from > self.next() => Err(NoStart::Ahead),
+            from if from < self.floor => Err(NoStart::Trimmed(self.floor - from)),
+            from => Ok(from),
+        }
+    }
+
+    /// What is new at a place and behind it; none if there is nothing. A reader of another generation starts anew.
+    pub(super) fn read(&self, bus: SmolStr, from: Place, most: u32) -> Option<Stretch> {
+        let offset = if from.generation == self.generation { from.offset } else { 0 };
+        let lagged = self.floor.saturating_sub(offset);
+        let (mut events, mut bytes, mut next) = (Vec::new(), 0, offset.max(self.floor));
+        for (offset, stored) in self.from(offset).take(most.max(1) as usize) {
+            if bytes > 0 && bytes + stored.json.len() > STRETCH_BYTES {
+                break;
+            }
+            bytes += stored.json.len();
+            next = offset + 1;
+            events.push((offset, stored.clone()));
+        }
+        let next = Place { generation: self.generation, offset: next };
+        (!events.is_empty() || from.generation != self.generation).then_some(Stretch { bus, events, lagged, next })
+    }
+
+    pub(super) fn take(&mut self, client: ClientId, take: &Take, now: u64) -> Option<Vec<Handed>> {
+        // Out of its topic meanwhile: it reads what the topic has.
+        let mut group = std::mem::take(self.groups.get_mut(&take.seat.group)?);
+        let fresh = |offset| self.from(offset).next().map(|(offset, stored)| (offset, stored.clone()));
+        let handed = group.take(client, take, now, fresh);
+        self.groups.insert(take.seat.group.clone(), group);
+        handed
+    }
+
+    /// Forgets everything but the groups and their members. Returns the bytes that were kept.
+    pub(super) fn clear(&mut self, generation: u64) -> u64 {
+        let bytes = self.bytes;
+        let mut groups = std::mem::take(&mut self.groups);
+        groups.values_mut().for_each(Seated::clear);
+        *self = Self { generation, groups, used: self.used, ..Self::default() };
+        bytes
+    }
+
+    /// Forgets events of a run. Returns how many, and their bytes.
+    pub(super) fn trim(&mut self, run: &str, up_to: Option<i64>) -> (u64, u64) {
+        let mut filter = TrimFilter::run(run);
+        filter.produced_up_to = up_to;
+        let goes = |json: &Bytes| wire::decode(json, None).is_ok_and(|decoded| filter.matches(&decoded.event));
+        let (mut count, mut bytes) = (0, 0);
+        for slot in &mut self.events {
+            if let Some(gone) = slot.take_if(|stored| goes(&stored.json)) {
+                (count, bytes) = (count + 1, bytes + gone.json.len() as u64);
+                self.ids.remove(&gone.id);
+            }
+        }
+        self.groups.values_mut().for_each(|group| group.trim(|stored| goes(&stored.json)));
+        (self.trimmed, self.bytes) = (self.trimmed + count, self.bytes - bytes);
+        (count, bytes)
+    }
+
+    pub(super) fn states(&self) -> Vec<GroupState> {
+        let state = |(name, group): (&SmolStr, &Seated)| group.state(name, self.from(group.next).map(|(_, stored)| stored));
+        self.groups.iter().map(state).collect()
+    }
+}

@@ -1,0 +1,122 @@
+//! The event bus for the processes of a host, over a Unix socket. There is no service to install: processes that name the same path
+//! share a bus, one of them is the broker, and when it goes another takes its place. For Linux.
+//!
+//! # Example
+//!
+//! ```
+//! use futures::StreamExt;
+//! use pubsub_core::{Bus, Event};
+//! use pubsub_unix::UnixSocketPubSub;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("bus.sock");
+//! // Every process does this; the first is the broker.
+//! let bus = Bus::from(UnixSocketPubSub::connect(path).await?);
+//! let mut worker = bus.subscribe_group("orders", "billing").await?;
+//! bus.publish("orders", Event::new("order.placed").with_data(42)).await?;
+//! let delivery = worker.next().await.expect("the bus is open")?;
+//! assert_eq!(*delivery.data::<u32>()?, 42);
+//! delivery.done();
+//! # bus.close(std::time::Duration::from_secs(1)).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Delivery semantics
+//!
+//! The clauses of [`pubsub_core::guide`] hold, with these particulars.
+//!
+//! - `Ok` of a publish means: written to the broker's log. The death of any processes, the publisher and the broker among them, does
+//!   not lose it. With [`sync`](UnixBuilder::sync) it outlives a loss of power too.
+//! - All subscriptions of a topic see one order. Each topic keeps its last 10,000 events ([`max_events`](UnixBuilder::max_events)), to be
+//!   read with `history` and resumed from by cursors, as long as the files are there.
+//! - A publish that was repeated is one event while the first is kept.
+//! - Groups are durable. While a group has members, publishers wait for it rather than have it lose what it has not read, and fail with
+//!   `Full` in the end. A group without members holds nobody back: what it loses to the bound it is told, with the number.
+//! - The broker counts attempts. A crash counts against what the member had taken: one delivery, and only where deliveries are
+//!   settled within a millisecond or two up to 64.
+//! - Fan-out reads at its own pace: a slow subscription costs publishers nothing, and is told what it lost when it falls behind the log.
+//! - Leases are kept by the broker and its log; their time is a clock that all processes share and nobody sets.
+//!
+//! # Configuration
+//!
+//! [`UnixSocketPubSub::builder`]. What concerns the log is that of the process which is the broker, so all had better agree. Nothing needs
+//! to be the same for them to understand each other.
+//!
+//! # Limits
+//!
+//! The socket's absolute path has at most 98 bytes. Its directory belongs to the same user or to root, and is on a local file system;
+//! if anybody may write to it, it has the sticky bit. A directory that is missing is made for its owner alone (0700); socket and files are
+//! 0600. Only processes of the same user, and root, are served. An event has at most 16 MiB ([`max_payload`](UnixBuilder::max_payload)).
+//! A bus has 65,536 topics, each of them 1,024 groups, and 10,000 peers at most. An instance has one task and no thread, the broker one
+//! thread; a subscription has neither.
+//!
+//! # When the peer dies
+//!
+//! - *A member*: what it held goes to the others after a grace of 250 ms ([`grace`](UnixBuilder::grace)), as its next attempt. One that is
+//!   stopped, and answers nothing for 10 s ([`hang_timeout`](UnixBuilder::hang_timeout)), is taken for dead; should it come back, it is a new
+//!   member, and its old deliveries are revoked.
+//! - *The broker*: its connections end, another process is elected within milliseconds, reads the log, and everybody says again what was
+//!   not answered. Nothing is lost, doubled or reordered by it. A broker that is stopped is superseded after 3 s, and when it comes back
+//!   nobody believes it.
+//! - *The disk is full*: publishes fail with `Unavailable`, their events not sent; settlements are repeated until they can be written.
+//!
+//! # Protocol
+//!
+//! Beside the socket `S` there are `S.lock` (an advisory lock, for the broker's life: it gives order), `S.epoch` (a register of 32-byte
+//! records; who appended the last is the broker: it gives safety), `S.log.EPOCH` (a snapshot of the broker's ledger, then every change
+//! since, each written before it is confirmed), and the socket again under a private name, from which `S` is hard-linked.
+//!
+//! A client claims nothing and believes nothing unseen: after each read, and before it acts on what it read, it looks whether the
+//! register still has the epoch of its connection, and otherwise throws the batch away and connects again. So whatever a stopped
+//! broker says after its successor's claim is not heard; and what was heard before was in the log, which the successor reads after
+//! its claim.
+//!
+//! Each side begins with a line of JSON, `{"type":"hello","v":1,"client":C,"session":N}` and `{"type":"welcome","v":1,"epoch":E}`, after which
+//! both speak frames: `u32 length, u8 flags, body`, little-endian, at most 64 MiB, the body's first byte the type of the frame, the rest its
+//! fields in the encoding of postcard. A frame of an unknown type is skipped, unless it is flagged as critical (1): that ends
+//! the connection. A broker of another version refuses the client with its welcome.
+//!
+//! | to the broker | |
+//! | --- | --- |
+//! | `call` number, below, request | a change: publish, join, leave, settle, clear, trim, lease. Carried out once, and in order; `below` is the first number not answered yet |
+//! | `take` seat, number, most | a member asks for deliveries; it waits there until there are some |
+//! | `ask` id, query | a question; a `read` waits there until there is something behind its place |
+//! | `cancel` id | the answer is no longer wanted |
+//! | `ping`, `bye` | it lives; it ends |
+//!
+//! | from the broker | |
+//! | --- | --- |
+//! | `answer` number | to a call |
+//! | `reply` id | to a question |
+//! | `taken` member, number, deliveries | to a take; without deliveries: the seat is gone |
+//! | `pong`, `ping` | |
+//!
+//! Mastra's processes cannot take part yet. Its election file `S.elect` is honoured.
+
+mod broker;
+mod builder;
+mod convert;
+mod election;
+mod files;
+mod frame;
+mod journal;
+mod leases;
+mod ledger;
+mod link;
+mod member;
+mod protocol;
+mod reader;
+mod remote;
+mod serve;
+mod session;
+mod subscription;
+mod unix;
+
+#[cfg(test)]
+mod model;
+
+pub use builder::UnixBuilder;
+pub use unix::UnixSocketPubSub;

@@ -1,0 +1,556 @@
+//! An instance's end of the bus: a session, the connection that carries it now, and the task that makes a new one when it breaks.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use pubsub_core::{Error, ErrorKind, Receipt, Result, Settled, Status};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::broker::{PING, Patience};
+use crate::election::{Found, find};
+use crate::files::{Paths, Register};
+use crate::frame::{self, Decoder, Greeting};
+use crate::ledger::Limits;
+use crate::member::Member;
+use crate::protocol::{Answer, FromBroker, Query, Reply, Request, Seat, ToBroker, VERSION};
+use crate::reader::Reader;
+use crate::serve::Serving;
+use crate::session::{Heard, Session};
+
+/// How long a broker may take to welcome a client before another takes its place.
+const HUNG: Duration = Duration::from_secs(3);
+
+/// How many pings, a second apart, it may leave unanswered.
+const UNANSWERED: u32 = 2;
+
+/// How long to wait at most before trying again to find a broker.
+const MAX_PAUSE: Duration = Duration::from_millis(20);
+
+/// How long the last words of an instance that was dropped may take.
+const LAST_WORDS: Duration = Duration::from_millis(250);
+
+/// How long to wait before a settlement that could not be written is said again.
+const INSISTENCE: Duration = Duration::from_millis(20);
+
+/// How many calls may be unanswered before publishers wait.
+const MAX_UNANSWERED: usize = 4096;
+
+/// How many bytes may be on their way to the broker before publishers wait.
+const MAX_OUT: usize = 16 << 20;
+
+/// What the link needs to know of how its instance is configured.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) paths: Paths,
+    pub(crate) limits: Limits,
+    pub(crate) patience: Patience,
+    pub(crate) max_peer_bytes: usize,
+    pub(crate) sync: bool,
+}
+
+/// What is kept with a call until it is answered.
+enum Kept {
+    Answer(oneshot::Sender<Answer>),
+    /// A settlement, or a dead letter: said again until it could be written.
+    Insist(oneshot::Sender<Settled>),
+}
+
+/// Who waits for a reply.
+enum Asker {
+    Caller(oneshot::Sender<Reply>),
+    Reader(Weak<Reader>),
+}
+
+pub(crate) struct Link {
+    state: Mutex<State>,
+    /// There is something to write.
+    more: Notify,
+    /// Something was written or answered.
+    less: Notify,
+    status: watch::Sender<Status>,
+}
+
+struct State {
+    session: Session<Kept, Asker>,
+    /// Frames to be written, while there is a broker.
+    out: Vec<u8>,
+    connected: bool,
+    closed: bool,
+    members: HashMap<u64, Weak<Member>>,
+}
+
+impl State {
+    fn say(&mut self, frame: &ToBroker) {
+        // What cannot be said now is said when there is a broker again.
+        if self.connected {
+            frame::encode(frame, &mut self.out).expect("what is longer is refused before");
+        }
+    }
+}
+
+/// The task behind a link.
+pub(crate) struct Carrier {
+    pub(crate) task: JoinHandle<()>,
+    /// Dropped, or told, it says its last words and ends.
+    pub(crate) end: oneshot::Sender<()>,
+}
+
+impl Link {
+    /// A link, and its task. It has tried once to find or be the broker when this returns.
+    pub(crate) async fn connect(config: Config) -> Result<(Arc<Self>, Carrier)> {
+        let status = watch::Sender::new(Status::Reconnecting { since: SystemTime::now() });
+        let state = State {
+            session: Session::new(fastrand::u64(..)),
+            out: Vec::new(),
+            connected: false,
+            closed: false,
+            members: HashMap::new(),
+        };
+        let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status });
+        let (end, ended) = oneshot::channel();
+        let mut line = Line { link: Arc::downgrade(&link), config, serving: None, supersede: false };
+        let first = line.find().await.map_err(|error| Error::new(kind(&error)).during("connect").caused_by(error))?;
+        let task = tokio::spawn(carry(line, first, ended));
+        Ok((link, Carrier { task, end }))
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+
+    pub(crate) fn tell(&self, now: Status) {
+        self.status.send_if_modified(|status| {
+            let open = !matches!(status, Status::Closed);
+            if open {
+                *status = now;
+            }
+            open
+        });
+    }
+
+    /// Whether so many calls are unanswered that the next one is to wait.
+    fn is_full(&self) -> bool {
+        let state = self.state.lock();
+        state.session.unanswered() >= MAX_UNANSWERED || state.out.len() >= MAX_OUT
+    }
+
+    /// Waits until a call may be made. Cancel safe.
+    pub(crate) async fn room(&self) {
+        loop {
+            let less = self.less.notified();
+            let mut less = std::pin::pin!(less);
+            less.as_mut().enable();
+            if !self.is_full() {
+                return;
+            }
+            less.await;
+        }
+    }
+
+    /// Makes a change. It will be said to the broker whether or not anybody waits for the answer.
+    pub(crate) fn call(&self, request: Request) -> oneshot::Receiver<Answer> {
+        let (tell, told) = oneshot::channel();
+        self.make(request, Kept::Answer(tell));
+        told
+    }
+
+    /// Makes a change that nobody can be told the failure of: a settlement, or a dead letter.
+    pub(crate) fn insist(&self, request: Request) -> Receipt {
+        let (tell, receipt) = Receipt::pending();
+        self.make(request, Kept::Insist(tell));
+        receipt
+    }
+
+    fn make(&self, request: Request, kept: Kept) {
+        {
+            let mut state = self.state.lock();
+            if state.closed {
+                return; // what was kept is dropped: closed, or unconfirmed
+            }
+            let frame = state.session.call(request, kept);
+            state.say(&frame);
+        }
+        self.more.notify_one();
+    }
+
+    /// Asks; dropped, it no longer wants to know.
+    pub(crate) fn ask(self: &Arc<Self>, query: Query) -> Asked {
+        let (tell, told) = oneshot::channel();
+        let id = {
+            let mut state = self.state.lock();
+            if state.closed {
+                None
+            } else {
+                let (id, frame) = state.session.ask(query, Asker::Caller(tell));
+                state.say(&frame);
+                Some(id)
+            }
+        };
+        self.more.notify_one();
+        Asked { link: self.clone(), id, told }
+    }
+
+    /// Asks on behalf of a reader, and returns the question's id; none once the link is closed.
+    pub(crate) fn read(&self, query: Query, reader: Weak<Reader>) -> Option<u64> {
+        let id = {
+            let mut state = self.state.lock();
+            if state.closed {
+                return None;
+            }
+            let (id, frame) = state.session.ask(query, Asker::Reader(reader));
+            state.say(&frame);
+            id
+        };
+        self.more.notify_one();
+        Some(id)
+    }
+
+    /// The answer to this question is no longer wanted.
+    pub(crate) fn cancel(&self, id: u64) {
+        {
+            let mut state = self.state.lock();
+            let Some(frame) = state.session.cancel(id) else { return };
+            state.say(&frame);
+        }
+        self.more.notify_one();
+    }
+
+    /// Asks for deliveries to a member, unless it has asked already.
+    pub(crate) fn take(&self, seat: &Seat, most: u32, member: &Weak<Member>) {
+        {
+            let mut state = self.state.lock();
+            if state.closed {
+                return;
+            }
+            state.members.insert(seat.member, member.clone());
+            let Some(frame) = state.session.take(seat.clone(), most) else { return };
+            state.say(&frame);
+        }
+        self.more.notify_one();
+    }
+
+    /// A member has left. Returns the number of the last of its takes that was answered.
+    pub(crate) fn forget(&self, member: u64) -> u64 {
+        let mut state = self.state.lock();
+        state.members.remove(&member);
+        state.session.leave(member)
+    }
+
+    /// Waits until all calls made before are answered. Cancel safe.
+    pub(crate) async fn flush(&self) {
+        let before = self.state.lock().session.next_call();
+        loop {
+            let less = self.less.notified();
+            let mut less = std::pin::pin!(less);
+            less.as_mut().enable();
+            {
+                let state = self.state.lock();
+                if state.closed || state.session.first_unanswered() >= before {
+                    return;
+                }
+            }
+            less.await;
+        }
+    }
+
+    /// Says nothing more. What was not answered never will be.
+    pub(crate) fn close(&self) {
+        let unanswered = {
+            let mut state = self.state.lock();
+            state.closed = true;
+            state.session.give_up()
+        };
+        drop(unanswered);
+        self.less.notify_waiters();
+    }
+
+    /// A frame came.
+    fn heard(self: &Arc<Self>, frame: FromBroker) {
+        let (heard, member) = {
+            let mut state = self.state.lock();
+            let heard = state.session.hear(frame);
+            let member = match &heard {
+                Heard::Taken { member, .. } => state.members.get(member).cloned(),
+                Heard::Ping => {
+                    state.say(&ToBroker::Ping);
+                    None
+                }
+                _ => None,
+            };
+            (heard, member)
+        };
+        match heard {
+            Heard::Answer(answer, _, Kept::Answer(tell)) => drop(tell.send(answer)),
+            Heard::Answer(Answer::Failed(_) | Answer::Full, request, Kept::Insist(tell)) => {
+                let link = self.clone();
+                tokio::spawn(async move {
+                    sleep(INSISTENCE).await;
+                    link.make(request, Kept::Insist(tell));
+                });
+            }
+            Heard::Answer(answer, _, Kept::Insist(tell)) => {
+                let late = answer == Answer::Settled(false);
+                let _ = tell.send(if late { Settled::TooLate } else { Settled::Done }); // nobody may be waiting
+            }
+            Heard::Reply(_, reply, Asker::Caller(tell)) => drop(tell.send(reply)),
+            Heard::Reply(id, reply, Asker::Reader(reader)) => {
+                if let (Some(reader), Reply::Stretch(stretch)) = (reader.upgrade(), reply) {
+                    reader.arrived(id, stretch);
+                }
+            }
+            Heard::Taken { bus, generation, handed, .. } => {
+                if let Some(member) = member.and_then(|member| member.upgrade()) {
+                    member.taken(&bus, generation, handed);
+                }
+            }
+            Heard::Ping => self.more.notify_one(),
+            Heard::Nothing => {}
+        }
+    }
+}
+
+/// A question to the broker.
+pub(crate) struct Asked {
+    link: Arc<Link>,
+    id: Option<u64>,
+    told: oneshot::Receiver<Reply>,
+}
+
+impl Future for Asked {
+    type Output = Result<Reply>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Reply>> {
+        let told = std::task::ready!(Pin::new(&mut self.told).poll(cx));
+        self.id = None;
+        Poll::Ready(told.map_err(|_| Error::closed()))
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.id.into_iter().for_each(|id| self.link.cancel(id));
+    }
+}
+
+/// What the task keeps: the broker, if this process is it.
+struct Line {
+    link: Weak<Link>,
+    config: Config,
+    serving: Option<Serving>,
+    /// Whether the broker there is does not answer.
+    supersede: bool,
+}
+
+impl Line {
+    /// Finds the broker or becomes it. None: somebody else is becoming it.
+    async fn find(&mut self) -> io::Result<Option<UnixStream>> {
+        let Config { paths, limits, patience, max_peer_bytes, sync } = self.config.clone();
+        let supersede = std::mem::take(&mut self.supersede);
+        let found =
+            tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
+        match found {
+            Found::Broker(stream) => {
+                stream.set_nonblocking(true)?;
+                UnixStream::from_std(stream).map(Some)
+            }
+            Found::Elected(office) => {
+                self.serving = Some(Serving::start(*office, patience, max_peer_bytes)?);
+                UnixStream::connect(&self.config.paths.socket).await.map(Some)
+            }
+            Found::Busy => Ok(None),
+        }
+    }
+}
+
+/// Keeps the link connected until its instance ends.
+async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Receiver<()>) {
+    let mut found = Ok(first);
+    let mut pause = Duration::ZERO;
+    loop {
+        let connected = match found {
+            Ok(Some(stream)) => {
+                let link = line.link.upgrade();
+                let mut talking = std::pin::pin!(talk(&mut line, stream));
+                tokio::select! {
+                    talked = &mut talking => {
+                        if let Ok(true) = talked {
+                            pause = Duration::ZERO;
+                        }
+                    }
+                    _ = &mut ended => {
+                        let Some(link) = link else { break };
+                        tokio::select! {
+                            _ = &mut talking => {}
+                            () = last_words(&link) => {}
+                        }
+                        break;
+                    }
+                }
+                true
+            }
+            Ok(None) => false,
+            Err(error) => {
+                tracing::debug!(%error, "no broker, and none could be made");
+                if let Some(link) = line.link.upgrade()
+                    && kind(&error) == ErrorKind::Denied
+                {
+                    link.tell(Status::Failed(Arc::new(Error::new(ErrorKind::Denied).caused_by(error))));
+                }
+                false
+            }
+        };
+        if connected && let Some(link) = line.link.upgrade() {
+            link.state.lock().connected = false;
+            link.tell(Status::Reconnecting { since: SystemTime::now() });
+        }
+        tokio::select! {
+            () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+            _ = &mut ended => break,
+        }
+        pause = (2 * pause).clamp(Duration::from_millis(1), MAX_PAUSE);
+        found = line.find().await;
+    }
+    if let Some(serving) = line.serving.take() {
+        serving.ended().await;
+    }
+}
+
+/// Talks with a broker until the connection breaks or the epoch changes. Returns whether it was welcome. When the instance ends
+/// this is dropped; what it had to say was said before, by `last_words`.
+async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
+    let (mut from, mut to) = stream.into_split();
+    let Some(link) = line.link.upgrade() else { return Ok(false) };
+    let hello = {
+        let mut state = link.state.lock();
+        Greeting::Hello { v: VERSION, client: state.session.client, session: state.session.connect() }
+    };
+    to.write_all(&hello.line()).await?;
+    let mut decoder = Decoder::default();
+    let epoch = match timeout(HUNG, welcome(&mut from, &mut decoder)).await {
+        Ok(epoch) => epoch?,
+        Err(_) => {
+            line.supersede = true;
+            return Ok(false);
+        }
+    };
+    let register = Register::open(&line.config.paths)?;
+    if register.epoch()? != epoch {
+        return Ok(false);
+    }
+    {
+        let mut state = link.state.lock();
+        state.out.clear();
+        state.connected = true;
+        let frames: Vec<_> = state.session.resume().collect();
+        frames.iter().for_each(|frame| state.say(frame));
+    }
+    link.tell(Status::Connected);
+    let hung = tokio::select! {
+        read = read(&link, &mut from, &mut decoder, &register, epoch) => read?,
+        written = write(&link, &mut to) => written.map(|()| false)?,
+    };
+    line.supersede = hung;
+    Ok(true)
+}
+
+async fn welcome(from: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) -> io::Result<u64> {
+    let foreign = || io::Error::new(io::ErrorKind::InvalidData, "what listens on the socket is no broker of this version");
+    loop {
+        match decoder.greeting() {
+            Ok(Some(Greeting::Welcome { v: VERSION, epoch })) => return Ok(epoch),
+            Ok(Some(_)) | Err(_) => return Err(foreign()),
+            Ok(None) => {}
+        }
+        if from.read_buf(&mut decoder.buffer).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+/// Reads until the connection ends. True if the broker fell silent.
+async fn read(
+    link: &Arc<Link>,
+    from: &mut (impl AsyncReadExt + Unpin),
+    decoder: &mut Decoder,
+    register: &Register,
+    epoch: u64,
+) -> io::Result<bool> {
+    let malformed = |why| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
+    // Counted, not timed: after this process was stopped, the broker gets its time to answer.
+    let mut silent = 0;
+    loop {
+        // Whatever was read counts only if the broker was one when it was read: a successor would not know of it.
+        if register.epoch()? != epoch {
+            return Ok(false);
+        }
+        while let Some(body) = decoder.next().map_err(malformed)? {
+            link.heard(frame::body(&body).map_err(malformed)?);
+        }
+        link.less.notify_waiters();
+        decoder.buffer.reserve(64 << 10);
+        match timeout(Duration::from_millis(PING), from.read_buf(&mut decoder.buffer)).await {
+            Ok(read) => {
+                if read? == 0 {
+                    return Ok(false);
+                }
+                silent = 0;
+            }
+            Err(_) if silent == UNANSWERED => return Ok(true),
+            Err(_) => {
+                silent += 1;
+                link.state.lock().say(&ToBroker::Ping);
+                link.more.notify_one();
+            }
+        }
+    }
+}
+
+async fn write(link: &Link, to: &mut (impl AsyncWriteExt + Unpin)) -> io::Result<()> {
+    loop {
+        let bytes = std::mem::take(&mut link.state.lock().out);
+        if bytes.is_empty() {
+            link.more.notified().await;
+            continue;
+        }
+        to.write_all(&bytes).await?;
+        link.less.notify_waiters();
+    }
+}
+
+/// What an instance that ends has still to say: what was recorded, within a short time, and that it goes.
+async fn last_words(link: &Link) {
+    let _ = timeout(LAST_WORDS, link.flush()).await;
+    link.state.lock().say(&ToBroker::Bye);
+    link.more.notify_one();
+    let written = async {
+        loop {
+            let less = link.less.notified();
+            let mut less = std::pin::pin!(less);
+            less.as_mut().enable();
+            if link.state.lock().out.is_empty() {
+                return;
+            }
+            less.await;
+        }
+    };
+    let _ = timeout(LAST_WORDS, written).await;
+}
+
+/// The public kind of an error of the system.
+pub(crate) fn kind(error: &io::Error) -> ErrorKind {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => ErrorKind::Denied,
+        io::ErrorKind::InvalidData | io::ErrorKind::AlreadyExists => ErrorKind::Backend(error.to_string().into()),
+        _ => ErrorKind::Unavailable,
+    }
+}

@@ -1,0 +1,303 @@
+//! What client and broker say to each other, as data.
+//!
+//! A client's [`Call`]s change something. They are numbered, carried out in order and exactly once: what was not answered when a
+//! connection broke is said again to whoever is the broker then, and the broker's ledger knows which numbers it has carried out.
+//! An [`Ask`](ToBroker::Ask) changes nothing and may be said again as often as needed; a read waits at the broker until there is
+//! something to read. A [`Take`] asks for deliveries of a group, one at a time for each member; a repeated one is answered with what
+//! it was answered before.
+
+use bytes::Bytes;
+use pubsub_core::{EventId, Gap};
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+
+/// The version of all this. A broker of another version is told by its welcome.
+pub(crate) const VERSION: u32 = 1;
+
+/// Who a client is, drawn at random when an instance is made.
+pub(crate) type ClientId = u64;
+
+/// An event's id; bytes where it is a uuid.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum Id {
+    Uuid([u8; 16]),
+    Text(SmolStr),
+}
+
+impl From<&EventId> for Id {
+    fn from(id: &EventId) -> Self {
+        match id.as_uuid() {
+            Some(uuid) => Self::Uuid(uuid.into_bytes()),
+            None => Self::Text(SmolStr::new(id.to_string())),
+        }
+    }
+}
+
+/// An event as it travels and is kept: bytes that only publishers write and subscribers read, and what a broker has to know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stored {
+    pub(crate) id: Id,
+    /// Milliseconds since 1970.
+    pub(crate) created_at: i64,
+    pub(crate) json: Bytes,
+}
+
+/// A place in a topic: the next event to be read there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub(crate) struct Place {
+    pub(crate) generation: u64,
+    pub(crate) offset: u64,
+}
+
+/// Where to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Begin {
+    Latest,
+    Earliest,
+    /// Right behind this cursor, as text.
+    After(String),
+}
+
+/// What a start that cannot be resumed from is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum NoStart {
+    Trimmed(u64),
+    Ahead,
+    OtherGeneration,
+    OtherBus,
+}
+
+impl From<NoStart> for Gap {
+    fn from(gap: NoStart) -> Self {
+        match gap {
+            NoStart::Trimmed(missed) => Self::Trimmed { missed: Some(missed) },
+            NoStart::Ahead => Self::Ahead,
+            NoStart::OtherGeneration => Self::OtherGeneration,
+            NoStart::OtherBus => Self::OtherBus,
+        }
+    }
+}
+
+/// A member of a group: the topic, the group, and its number among its client's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Seat {
+    pub(crate) topic: SmolStr,
+    pub(crate) group: SmolStr,
+    pub(crate) member: u64,
+}
+
+/// What a client changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Request {
+    Publish {
+        topic: SmolStr,
+        events: Vec<Stored>,
+    },
+    /// Makes a member, and the group if there is none.
+    Join {
+        seat: Seat,
+        begin: Option<Begin>,
+        or_earliest: bool,
+    },
+    /// What it holds it may still settle; what was handed to it by takes behind `heard` it never saw.
+    Leave {
+        seat: Seat,
+        heard: u64,
+    },
+    Settle {
+        seat: Seat,
+        place: Place,
+        attempt: u32,
+        what: What,
+    },
+    Clear {
+        topic: SmolStr,
+    },
+    Trim {
+        topic: SmolStr,
+        run: String,
+        up_to: Option<i64>,
+    },
+    Lease {
+        key: String,
+        what: OnLease,
+    },
+}
+
+/// What becomes of a delivery.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum What {
+    Done,
+    /// It comes back after so many milliseconds, one attempt higher.
+    Retry(u64),
+    /// It comes back at once, uncounted.
+    Release,
+    /// It is given up, and its letter published in the same step.
+    Bury(Option<(SmolStr, Stored)>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum OnLease {
+    Acquire { owner: String, ttl: u64 },
+    Renew { owner: String, ttl: u64 },
+    Release { owner: String },
+    Transfer { from: String, to: String, ttl: u64 },
+}
+
+/// A change, and its number. What is below `below` the client has been answered and will not ask again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Call {
+    pub(crate) number: u64,
+    pub(crate) below: u64,
+    pub(crate) request: Request,
+}
+
+/// A member asks for up to so many deliveries. Its takes are numbered from 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Take {
+    pub(crate) seat: Seat,
+    pub(crate) number: u64,
+    pub(crate) most: u32,
+}
+
+/// What a client wants to know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Query {
+    Start {
+        topic: SmolStr,
+        begin: Begin,
+        or_earliest: bool,
+    },
+    /// Answered once there is something behind the place.
+    Read {
+        topic: SmolStr,
+        from: Place,
+        most: u32,
+    },
+    Page {
+        topic: SmolStr,
+        begin: Begin,
+        most: u32,
+    },
+    /// Answered once a group has nothing waiting and nothing held.
+    Idle {
+        topic: SmolStr,
+        group: SmolStr,
+    },
+    Status {
+        topic: SmolStr,
+    },
+    Holder {
+        key: String,
+    },
+}
+
+/// From a client to the broker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum ToBroker {
+    Call(Call),
+    Take(Take),
+    Ask {
+        id: u64,
+        query: Query,
+    },
+    /// The answer to this ask is no longer wanted.
+    Cancel {
+        id: u64,
+    },
+    Ping,
+    /// The client has ended: what it holds is for others.
+    Bye,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LeaseState {
+    pub(crate) owner: String,
+    pub(crate) token: u64,
+    /// Milliseconds.
+    pub(crate) remaining: u64,
+}
+
+/// What came of a call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Published {
+        bus: SmolStr,
+        generation: u64,
+        offsets: Vec<u64>,
+    },
+    /// A group would have lost what it has not read, or a bound of the bus is reached.
+    Full,
+    /// It could not be written.
+    Failed(String),
+    Joined(Result<(), NoStart>),
+    Settled(bool),
+    Done,
+    Trimmed(u64),
+    /// The lease as it is now, and whether it is the caller's.
+    Lease(Option<LeaseState>, bool),
+}
+
+/// One delivery to a member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Handed {
+    pub(crate) offset: u64,
+    pub(crate) attempt: u32,
+    /// What the group lost to the bound on retention right before it.
+    pub(crate) lagged: u64,
+    pub(crate) stored: Stored,
+}
+
+/// Events of a topic, in order, each with its offset, and the place behind them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stretch {
+    pub(crate) bus: SmolStr,
+    pub(crate) events: Vec<(u64, Stored)>,
+    /// Lost to the bound on retention right before the first.
+    pub(crate) lagged: u64,
+    pub(crate) next: Place,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct GroupState {
+    pub(crate) group: SmolStr,
+    pub(crate) waiting: u64,
+    pub(crate) held: u64,
+    /// Milliseconds since 1970.
+    pub(crate) oldest: Option<i64>,
+    pub(crate) members: u64,
+}
+
+/// What a client wanted to know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    Start(Result<Place, NoStart>),
+    Stretch(Stretch),
+    Page { stretch: Result<Stretch, NoStart>, floor: Option<u64>, head: Option<u64> },
+    Idle,
+    Status { retained: u64, groups: Vec<GroupState> },
+    Lease(Option<LeaseState>),
+}
+
+/// From the broker to a client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum FromBroker {
+    Answer {
+        number: u64,
+        answer: Answer,
+    },
+    Reply {
+        id: u64,
+        reply: Reply,
+    },
+    /// None for `handed` tells that there is no such member (any more): the client was taken for dead meanwhile.
+    Taken {
+        member: u64,
+        number: u64,
+        bus: SmolStr,
+        generation: u64,
+        handed: Option<Vec<Handed>>,
+    },
+    Pong,
+    Ping,
+}

@@ -1,0 +1,163 @@
+//! How a fan-out subscription follows its topic's log: it reads ahead into its queue while there is room, without a task of its own.
+//! What reads on is what makes it possible: an answer that arrives, or a consumer that takes something.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use pubsub_core::machinery::{Aftermath, DeliveryQueue, Entry};
+use pubsub_core::{SubscribeOptions, Topic};
+use tokio::sync::watch;
+
+use crate::convert::{decode, letter_of_malformed, scope};
+use crate::protocol::{Place, Query, Request, Stretch};
+use crate::remote::Remote;
+
+pub(crate) struct Reader {
+    remote: Arc<Remote>,
+    topic: Topic,
+    options: SubscribeOptions,
+    queue: Arc<DeliveryQueue>,
+    me: Weak<Self>,
+    state: Mutex<State>,
+    /// Up to where the log has been queued.
+    queued: watch::Sender<Place>,
+    lagged: AtomicU64,
+    malformed: AtomicU64,
+    /// Whether something was lost that has not been told.
+    untold: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// What is to be read next; none until it has started, and after it has ended.
+    place: Option<Place>,
+    /// The question on its way.
+    asked: Option<u64>,
+    /// Read, and not queued yet.
+    entries: VecDeque<Entry>,
+    /// How many were lost before the event at an offset, until it is handed over.
+    lost: BTreeMap<u64, u64>,
+}
+
+impl Reader {
+    pub(crate) fn new(remote: &Arc<Remote>, topic: &Topic, options: SubscribeOptions, queue: Arc<DeliveryQueue>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            remote: remote.clone(),
+            topic: topic.clone(),
+            options,
+            queue,
+            me: me.clone(),
+            state: Mutex::default(),
+            queued: watch::Sender::new(Place::default()),
+            lagged: AtomicU64::new(0),
+            malformed: AtomicU64::new(0),
+            untold: AtomicBool::new(false),
+        })
+    }
+
+    /// Starts to read there.
+    pub(crate) fn follow(&self, from: Place) {
+        self.state.lock().place = Some(from);
+        self.queued.send_replace(from);
+        self.read_on();
+    }
+
+    /// Reads nothing more.
+    pub(crate) fn end(&self) {
+        let asked = {
+            let mut state = self.state.lock();
+            state.place = None;
+            state.asked.take()
+        };
+        asked.into_iter().for_each(|id| self.remote.link.cancel(id));
+        self.queued.send_replace(Place { generation: u64::MAX, offset: u64::MAX });
+    }
+
+    /// Waits until the log has been queued up to there. Cancel safe.
+    pub(crate) async fn reached(&self, head: Place) {
+        let _ = self.queued.subscribe().wait_for(|queued| *queued >= head).await; // the sender is this very reader's
+    }
+
+    /// Queues what was read, and asks for more while there is room.
+    pub(crate) fn read_on(&self) {
+        let mut aftermath = Aftermath::new();
+        {
+            let mut state = self.state.lock();
+            let Some(place) = state.place else { return };
+            if !state.entries.is_empty() {
+                self.remote.fill(&self.queue, &mut state.entries, &mut aftermath);
+            }
+            if state.entries.is_empty() {
+                self.queued.send_if_modified(|queued| std::mem::replace(queued, place) != place);
+                let room = self.queue.room().min(self.options.prefetch);
+                if room > 0 && state.asked.is_none() {
+                    let most = u32::try_from(room).unwrap_or(u32::MAX);
+                    let query = Query::Read { topic: self.topic.as_str().into(), from: place, most };
+                    state.asked = self.remote.link.read(query, self.me.clone());
+                }
+            }
+        }
+        aftermath.finish();
+    }
+
+    /// An answer came.
+    pub(crate) fn arrived(&self, id: u64, stretch: Stretch) {
+        let Stretch { bus, events, mut lagged, next } = stretch;
+        self.lagged.fetch_add(lagged, Ordering::Relaxed);
+        let scope = scope(&bus, next.generation);
+        let (mut entries, mut lost) = (Vec::with_capacity(events.len()), None);
+        for (offset, stored) in events {
+            match decode(&stored) {
+                Ok(event) => {
+                    if lagged > 0 {
+                        lost = Some((offset, std::mem::take(&mut lagged)));
+                    }
+                    entries.push(Entry::new(Arc::new(event)).at(scope.clone(), offset));
+                }
+                Err(error) => {
+                    if self.malformed.fetch_add(1, Ordering::Relaxed) == 0 {
+                        tracing::warn!(topic = %self.topic, %error, "what is no event is passed over");
+                    }
+                    if let Some((topic, letter)) = letter_of_malformed(&self.topic, &self.options, &stored, 1) {
+                        drop(self.remote.link.insist(Request::Publish { topic, events: vec![letter] }));
+                    }
+                }
+            }
+        }
+        {
+            let mut state = self.state.lock();
+            if state.asked != Some(id) || state.place.is_none() {
+                return; // ended meanwhile
+            }
+            state.asked = None;
+            state.place = Some(next);
+            state.entries.extend(entries);
+            if let Some((offset, lost)) = lost {
+                state.lost.insert(offset, lost);
+                self.untold.store(true, Ordering::Release);
+            }
+        }
+        self.read_on();
+    }
+
+    /// How many were lost before the event at this offset, told once.
+    pub(crate) fn lost_before(&self, offset: u64) -> u64 {
+        if !self.untold.load(Ordering::Acquire) {
+            return 0;
+        }
+        let mut state = self.state.lock();
+        let lost = state.lost.remove(&offset).unwrap_or(0);
+        self.untold.store(!state.lost.is_empty(), Ordering::Release);
+        lost
+    }
+
+    pub(crate) fn lagged(&self) -> u64 {
+        self.lagged.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn malformed(&self) -> u64 {
+        self.malformed.load(Ordering::Relaxed)
+    }
+}
