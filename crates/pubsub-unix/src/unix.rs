@@ -219,6 +219,7 @@ impl PubSub for UnixSocketPubSub {
     }
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
+        Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
         if matches!(from, Start::Index(_)) {
             return Err(Error::unsupported(Capability::Index).during("history").on(topic));
         }
