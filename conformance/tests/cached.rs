@@ -4,9 +4,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pubsub_conformance::harnesses::{CachedHarness, EmitterHarness, SlowRemoteHarness};
+use pubsub_conformance::harnesses::{
+    CachedHarness, EmitterHarness, SlowRemoteHarness, UnixHarness, is_other_unix_process, other_unix_process,
+};
 
 fn main() -> ExitCode {
+    if is_other_unix_process() {
+        return other_unix_process();
+    }
     let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
     pubsub_conformance::main(
         Some(&expectations),
@@ -14,6 +19,7 @@ fn main() -> ExitCode {
             Arc::new(CachedHarness::over(Arc::new(EmitterHarness::plain()))) as _,
             Arc::new(CachedHarness::over(Arc::new(EmitterHarness::strict()))) as _,
             Arc::new(CachedHarness::over(Arc::new(SlowRemoteHarness::new(0xcac)))) as _,
+            Arc::new(CachedHarness::over(Arc::new(UnixHarness::new()))) as _,
         ],
     )
 }

@@ -22,6 +22,9 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    if harnesses::is_other_unix_process() {
+        return harnesses::other_unix_process();
+    }
     match run(&Options::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

@@ -22,8 +22,12 @@ const SEED: u64 = 0x510;
 
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    let backends: [Arc<dyn Harness>; 3] =
-        [Arc::new(EmitterHarness::plain()), Arc::new(EmitterHarness::strict()), Arc::new(SlowRemoteHarness::new(SEED))];
+    let backends: [Arc<dyn Harness>; 4] = [
+        Arc::new(EmitterHarness::plain()),
+        Arc::new(EmitterHarness::strict()),
+        Arc::new(SlowRemoteHarness::new(SEED)),
+        Arc::new(UnixHarness::new()),
+    ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     backends.into_iter().chain(cached).collect()
 }
