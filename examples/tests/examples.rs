@@ -211,3 +211,26 @@ async fn a_stream_is_resumed_to_its_exact_text() {
     let ran = run("resumable_stream", &["memory:"], None).await;
     assert!(ran.status == 1 && ran.stderr.contains("?replay=memory"), "{}", ran.stderr);
 }
+
+#[tokio::test]
+async fn quickstart_runs_over_a_socket_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/bus.sock", directory.path().display());
+    for _ in 0..2 {
+        let ran = run("quickstart", &[&url], None).await;
+        ran.says(0, &[("published", 20), ("handled", 18), ("dead-lettered", 2)]);
+    }
+}
+
+#[tokio::test]
+async fn two_processes_share_the_work() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/bus.sock", directory.path().display());
+    let arguments = [url.as_str(), "10"];
+    let (one, other) = tokio::join!(run("two_processes", &arguments, None), run("two_processes", &arguments, None));
+    assert_eq!((one.status, other.status), (0, 0), "{}{}", one.stderr, other.stderr);
+    let mut billed: Vec<&str> = one.stdout.lines().chain(other.stdout.lines()).collect();
+    billed.sort_unstable();
+    billed.dedup();
+    assert_eq!(billed.len(), 20, "{}{}", one.stdout, other.stdout);
+}

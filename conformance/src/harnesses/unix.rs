@@ -90,6 +90,7 @@ impl Harness for UnixHarness {
         declared.dead_letter_history = true;
         declared.groups = Groups::Durable;
         declared.deduplication = Deduplication::Window { events: Some(10_000), age: None };
+        declared.indexed = true;
         declared.publish_waits = false;
         declared.max_payload = Some(16 << 20);
         declared.leases = Some(Reach::Host);

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use pubsub_core::{Cursor, Event, EventId, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire};
+use pubsub_core::{
+    Cursor, Event, EventId, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
+};
 use smol_str::SmolStr;
 
-use crate::protocol::{Begin, Id, Stored};
+use crate::protocol::{Begin, Id, Place, Stored};
 
 /// An event as it travels. An index it has is a decorator's, and stays.
 ///
@@ -18,8 +20,12 @@ pub(crate) fn store(event: &Event, limit: usize) -> Result<Stored> {
     Ok(Stored { id: event.id().into(), created_at: event.created_at().as_millis(), json })
 }
 
-pub(crate) fn decode(stored: &Stored) -> Result<Event> {
-    Ok(wire::decode(&stored.json, None)?.event)
+/// The event that is kept at this place. An index of its own it has from there; a decorator's stays.
+pub(crate) fn decode(stored: &Stored, place: Place) -> Result<Event> {
+    let event = wire::decode(&stored.json, None)?.event;
+    let own = ReplayIndex { generation: place.generation, index: place.offset };
+    let index = event.index().unwrap_or(own);
+    Ok(event.with_index(Some(index)))
 }
 
 /// What cannot be read goes to the dead-letter topic as text, if there is one.
@@ -48,11 +54,12 @@ pub(crate) fn scope(bus: &str, generation: u64) -> Arc<Scope> {
     Arc::new(named.unwrap_or_else(|_| Scope::new("unknown", "0").expect("plain text")))
 }
 
-/// A start as it travels. There is none from an index: those are refused as unsupported before.
+/// A start as it travels.
 pub(crate) fn begin(start: &Start) -> Begin {
     match start {
         Start::Earliest => Begin::Earliest,
         Start::After(cursor) => Begin::After(Cursor::to_string(cursor)),
-        Start::Latest | Start::Index(_) => Begin::Latest,
+        Start::Index(index) => Begin::Index(*index),
+        Start::Latest => Begin::Latest,
     }
 }

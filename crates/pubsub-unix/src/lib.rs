@@ -32,6 +32,7 @@
 //!   not lose it. With [`sync`](UnixBuilder::sync) it outlives a loss of power too.
 //! - All subscriptions of a topic see one order. Each topic keeps its last 10,000 events ([`max_events`](UnixBuilder::max_events)), to be
 //!   read with `history` and resumed from by cursors, as long as the files are there.
+//! - Events bear their place as an index, dense from 0 until the topic is cleared, unless a replay decorator gave them one.
 //! - A publish that was repeated is one event while the first is kept.
 //! - Groups are durable. While a group has members, publishers wait for it rather than have it lose what it has not read, and fail with
 //!   `Full` in the end. A group without members holds nobody back: what it loses to the bound it is told, with the number.

@@ -206,7 +206,7 @@ impl Member {
     fn hand_over(&self, taken: Taken, mode: AckMode) -> Option<Delivery> {
         let Taken { scope, place, attempt, lagged, stored } = taken;
         self.state.lock().lagged += lagged;
-        let Ok(event) = decode(&stored).map(Arc::new) else {
+        let Ok(event) = decode(&stored, place).map(Arc::new) else {
             self.state.lock().dropped += 1;
             let letter = letter_of_malformed(&self.topic, &self.options, &stored, attempt);
             drop(self.settle_as(place, attempt, What::Bury(letter)));

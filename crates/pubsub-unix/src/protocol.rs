@@ -54,6 +54,7 @@ pub(crate) struct Place {
 pub(crate) enum Begin {
     Latest,
     Earliest,
+    Index(u64),
     /// Right behind this cursor, as text.
     After(String),
 }

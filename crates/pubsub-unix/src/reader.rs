@@ -109,7 +109,7 @@ impl Reader {
         let scope = scope(&bus, next.generation);
         let (mut entries, mut lost) = (Vec::with_capacity(events.len()), None);
         for (offset, stored) in events {
-            match decode(&stored) {
+            match decode(&stored, Place { offset, ..next }) {
                 Ok(event) => {
                     if lagged > 0 {
                         lost = Some((offset, std::mem::take(&mut lagged)));
@@ -126,18 +126,23 @@ impl Reader {
                 }
             }
         }
+        let cleared;
         {
             let mut state = self.state.lock();
             if state.asked != Some(id) || state.place.is_none() {
                 return; // ended meanwhile
             }
             state.asked = None;
-            state.place = Some(next);
+            cleared = state.place.replace(next).is_some_and(|place| place.generation != next.generation);
             state.entries.extend(entries);
             if let Some((offset, lost)) = lost {
                 state.lost.insert(offset, lost);
                 self.untold.store(true, Ordering::Release);
             }
+        }
+        if cleared {
+            // What is queued from before the topic was cleared.
+            self.queue.retain(|event| event.index().is_none_or(|index| index.generation >= next.generation));
         }
         self.read_on();
     }

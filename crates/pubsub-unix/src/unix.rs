@@ -8,9 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
-    Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus,
-    Groups, LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start,
-    StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
+    Capabilities, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus, Groups,
+    LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, StatusWatch,
+    SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -18,7 +18,7 @@ use crate::builder::{Settings, UnixBuilder};
 use crate::convert::{begin, decode, scope, store};
 use crate::leases::UnixLeases;
 use crate::link::{Config, Link};
-use crate::protocol::{Answer, GroupState, NoStart, Query, Reply, Request, Stored};
+use crate::protocol::{Answer, GroupState, NoStart, Place, Query, Reply, Request, Stored};
 use crate::remote::Remote;
 
 /// How long a call waits for an answer.
@@ -145,6 +145,7 @@ fn capabilities(settings: &Settings) -> Capabilities {
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
     capabilities.deduplication = Deduplication::Window { events: Some(settings.max_events), age: None };
+    capabilities.indexed = true;
     capabilities.publish_waits = false;
     capabilities.max_payload = Some(settings.max_payload);
     capabilities.leases = Some(Reach::Host);
@@ -220,9 +221,6 @@ impl PubSub for UnixSocketPubSub {
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
-        if matches!(from, Start::Index(_)) {
-            return Err(Error::unsupported(Capability::Index).during("history").on(topic));
-        }
         let most = u32::try_from(limit.min(PIECE_EVENTS)).unwrap_or(u32::MAX);
         let query = Query::Page { topic: topic.as_str().into(), begin: begin(&from), most };
         let Reply::Page { stretch, floor, head } = self.ask("history", topic, query).await? else {
@@ -233,7 +231,11 @@ impl PubSub for UnixSocketPubSub {
         let cursor = |offset: u64| Cursor::new(scope.clone(), offset);
         let events = &stretch.events[..stretch.events.len().min(limit)];
         // What cannot be read is passed over, as subscriptions do.
-        let entries = events.iter().filter_map(|(offset, stored)| Some((cursor(*offset), Arc::new(decode(stored).ok()?))));
+        let generation = stretch.next.generation;
+        let entries = events.iter().filter_map(|(offset, stored)| {
+            let place = Place { generation, offset: *offset };
+            Some((cursor(*offset), Arc::new(decode(stored, place).ok()?)))
+        });
         let next = events.last().filter(|(last, _)| head.is_some_and(|head| *last < head)).map(|(last, _)| cursor(*last));
         Ok(Page { entries: entries.collect(), next, floor: floor.map(cursor), head: head.map(cursor) })
     }

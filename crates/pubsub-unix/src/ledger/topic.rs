@@ -120,6 +120,7 @@ impl Topic {
         let found = match begin {
             Begin::Latest => Ok(self.next()),
             Begin::Earliest => Ok(self.floor),
+            Begin::Index(index) => self.at(*index),
             Begin::After(cursor) => self.behind(scope, cursor),
         };
         found.or_else(|gap| if or_earliest { Ok(self.floor) } else { Err(gap) })
@@ -132,10 +133,17 @@ impl Topic {
             pubsub_core::Gap::OtherGeneration => NoStart::OtherGeneration,
             _ => NoStart::OtherBus,
         })?;
-        match position.major.saturating_add(1) {
-            from if from > self.next() => Err(NoStart::Ahead),
-            from if from < self.floor => Err(NoStart::Trimmed(self.floor - from)),
-            from => Ok(from),
+        self.at(position.major.saturating_add(1))
+    }
+
+    /// This offset, if it can be started from.
+    fn at(&self, from: u64) -> Result<u64, NoStart> {
+        if from > self.next() {
+            Err(NoStart::Ahead)
+        } else if from < self.floor {
+            Err(NoStart::Trimmed(self.floor - from))
+        } else {
+            Ok(from)
         }
     }
 
