@@ -135,12 +135,13 @@ impl TopicState {
         timed.await.is_ok()
     }
 
-    /// Attaches a subscription. Called under the hub's lock on its topics.
+    /// Attaches a subscription. Called under the hub's lock on its topics, so the caller keeps the options: what their filter closes
+    /// over may be the last of anything.
     pub(crate) fn subscribe(
         self: &Arc<Self>,
         hub: &Arc<Hub>,
         instance: InstanceId,
-        options: SubscribeOptions,
+        options: &SubscribeOptions,
         on_end: Arc<dyn Fn() + Send + Sync>,
     ) -> Result<(Arc<DeliveryQueue>, Subscription)> {
         let timer = hub.timer()?;
@@ -158,7 +159,7 @@ impl TopicState {
                 drop(left); // without the lock
                 on_end();
             };
-            let subscription = queue.join(instance, options, leaves).expect("a new queue has not ended");
+            let subscription = queue.join(instance, options.clone(), leaves).expect("a new queue has not ended");
             attached.fan_out.push(FanOut { number, instance, queue: queue.clone() });
             attached.next += 1;
             return Ok((queue, subscription));
@@ -169,8 +170,8 @@ impl TopicState {
                 return Ok((queue.clone(), subscription));
             }
         }
-        let queue = attached.new_group(hub, &self.topic, group, &options, timer)?;
-        let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
+        let queue = attached.new_group(hub, &self.topic, group, options, timer)?;
+        let subscription = queue.join(instance, options.clone(), ended(&on_end)).expect("a new queue has not ended");
         attached.groups.push(queue.clone());
         Ok((queue, subscription))
     }

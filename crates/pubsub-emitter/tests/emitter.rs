@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
 use pubsub_core::{
-    Bus, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions, RetryPolicy,
-    Settled, Start, SubscribeOptions, Topic, TrimFilter,
+    Bus, Cursor, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions,
+    RetryPolicy, Scope, Settled, Start, SubscribeOptions, Topic, TrimFilter,
 };
 use pubsub_emitter::EventEmitterPubSub;
 
@@ -426,4 +426,32 @@ async fn a_payload_may_use_the_bus_when_it_is_encoded() {
         assert_eq!(durable.next().await.unwrap().unwrap().event().event_type(), "nested");
         assert!(durable.next().now_or_never().is_none());
     }
+}
+
+/// Goes, and looks at a bus as it does.
+struct Parting(Bus);
+
+impl Drop for Parting {
+    fn drop(&mut self) {
+        let _ = self.0.subscribe("t").now_or_never();
+    }
+}
+
+#[tokio::test]
+async fn a_refused_subscription_lets_go_of_its_filter_without_the_bus_being_locked() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let names_it = bus.subscribe_with("u", group("g").dead_letter(topic("dead"))).await.unwrap();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let runtime = tokio::runtime::Handle::current();
+    // A thread of its own: what this test looks for is a deadlock.
+    std::thread::spawn(move || {
+        let parting = Parting(bus.clone());
+        let filter = Filter::predicate(move |_| parting.0.leases().is_some());
+        let foreign = Cursor::new(Arc::new(Scope::new("elsewhere", "1").unwrap()), 7);
+        let refused = bus.subscribe_with("dead", group("g").start(Start::After(foreign)).filter(filter));
+        let _ = done.send(runtime.block_on(refused).unwrap_err());
+        drop(names_it);
+    });
+    let error = is_done.recv_timeout(Duration::from_secs(20)).expect("it locked up");
+    assert!(matches!(error.kind(), ErrorKind::Gap(_)), "{error:?}");
 }
