@@ -78,7 +78,8 @@ impl TopicState {
     }
 
     /// Gives the events to every queue, if every queue has room for all of them and no publishers wait already; none if not. What
-    /// is returned are the inline handlers to call. Events `only` for one instance go to that instance's subscriptions.
+    /// is returned are the inline handlers to call. Events `only` for one instance go to that instance's subscriptions, and only
+    /// publishers that wait for those come before them.
     #[inline]
     pub(crate) fn push_all(
         &self,
@@ -86,10 +87,14 @@ impl TopicState {
         only: Option<InstanceId>,
         aftermath: &mut Aftermath,
     ) -> Option<Option<Handlers>> {
-        if self.waiting.load(Ordering::Acquire) > 0 {
+        let others_wait = self.waiting.load(Ordering::Acquire) > 0;
+        if others_wait && only.is_none() {
             return None;
         }
         let mut attached = self.attached.lock();
+        if others_wait && attached.queues(only).any(|queue| queue.is_room_wanted()) {
+            return None;
+        }
         attached.has_room(events.len(), only).then(|| attached.push(events, only, aftermath))
     }
 

@@ -455,3 +455,23 @@ async fn a_refused_subscription_lets_go_of_its_filter_without_the_bus_being_lock
     let error = is_done.recv_timeout(Duration::from_secs(20)).expect("it locked up");
     assert!(matches!(error.kind(), ErrorKind::Gap(_)), "{error:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn local_events_wait_in_no_line_for_a_queue_they_do_not_go_to() {
+    let here = EventEmitterPubSub::new();
+    let (there, here) = (Bus::from(here.connect()), Bus::from(here));
+    let _stuck = there.subscribe_with("t", SubscribeOptions::fan_out().prefetch(1)).await.unwrap();
+    let mut local = here.subscribe("t").await.unwrap();
+    there.publish("t", Event::new("x")).await.unwrap();
+    let mut waits = Box::pin(there.publish("t", Event::new("x")));
+    assert!(waits.as_mut().now_or_never().is_none());
+    let event = [Arc::new(Event::new("local"))];
+    let options = PublishOptions::local_only().timeout(Duration::from_millis(10));
+    here.publish_with("t", &event, options.clone()).await.unwrap();
+    assert_eq!(local.next().await.unwrap().unwrap().event().event_type(), "x");
+    assert_eq!(local.next().await.unwrap().unwrap().event().event_type(), "local");
+    // Where the line is for a queue of their own, they stand in it.
+    let _full = here.subscribe_with("t", SubscribeOptions::fan_out().prefetch(1)).await.unwrap();
+    here.publish_with("t", &event, options.clone()).await.unwrap();
+    assert_eq!(*here.publish_with("t", &event, options).await.unwrap_err().kind(), ErrorKind::Full);
+}

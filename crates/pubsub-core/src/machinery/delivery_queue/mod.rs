@@ -305,6 +305,11 @@ impl DeliveryQueue {
         self.capacity.load(Ordering::Relaxed).saturating_sub(self.len.load(Ordering::Acquire))
     }
 
+    /// Whether somebody waits for room.
+    pub fn is_room_wanted(&self) -> bool {
+        self.room_wanted.load(Ordering::SeqCst) > 0
+    }
+
     /// Waits until there may be room again, or the queue has ended. Cancel safe.
     pub async fn room_freed(&self) {
         let freed = self.room.notified();
