@@ -290,6 +290,7 @@ impl DeliveryQueue {
         if !durable {
             self.capacity.fetch_max(capacity, Ordering::Relaxed);
         }
+        self.ring_drained(); // what waits may have been a burden to another instance alone
         let on_end = Box::new(on_end);
         let membership = Arc::new(Membership { queue: self.clone(), member, ended: AtomicBool::new(false), on_end });
         let source = QueueSource::new(membership.clone(), stash + 1);
