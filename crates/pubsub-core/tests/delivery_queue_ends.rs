@@ -432,7 +432,7 @@ async fn a_waker_that_panics_harms_only_its_own_task() {
     let faulty = std::task::Waker::from(Arc::new(Faulty));
     let mut faulty = std::task::Context::from_waker(&faulty);
     let asks = |subscription: &mut Subscription, cx: &mut std::task::Context<'_>| {
-        assert!(subscription.poll_next_unpin(cx).is_pending())
+        assert!(subscription.poll_next_unpin(cx).is_pending());
     };
 
     // Woken by a publisher, which has others to wake as well.
