@@ -432,7 +432,7 @@ async fn a_waker_that_panics_harms_only_its_own_task() {
     let faulty = std::task::Waker::from(Arc::new(Faulty));
     let mut faulty = std::task::Context::from_waker(&faulty);
     let asks = |subscription: &mut Subscription, cx: &mut std::task::Context<'_>| {
-        assert!(subscription.poll_next_unpin(cx).is_pending())
+        assert!(subscription.poll_next_unpin(cx).is_pending());
     };
 
     // Woken by a publisher, which has others to wake as well.
@@ -606,4 +606,16 @@ async fn whoever_stops_a_subscription_second_goes_on_no_sooner_than_it_has_ended
     push_entries(&queue, slow);
     stopping.into_iter().for_each(|stop| stop.join().unwrap());
     assert!(queue.is_ended());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_instance_is_relieved_of_what_waits_by_a_member_of_another() {
+    let bench = Bench::new();
+    let queue = bench.group();
+    let _here = join(&queue, HERE, member());
+    push(&queue, [1]);
+    let mut relieved = Box::pin(queue.relieved(HERE));
+    assert!(relieved.as_mut().now_or_never().is_none());
+    let _there = join(&queue, THERE, member());
+    tokio::time::timeout(millis(10), relieved).await.expect("told at once");
 }

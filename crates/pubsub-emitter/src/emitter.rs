@@ -299,7 +299,7 @@ impl PubSub for EventEmitterPubSub {
             if redrives {
                 aftermath = state.keep_letters(hub);
             }
-            state.subscribe(hub, *id, options, on_end.clone())
+            state.subscribe(hub, *id, &options, on_end.clone())
         };
         match hub.with_topic(topic, attach) {
             Ok((queue, subscription)) => {

@@ -78,7 +78,8 @@ impl TopicState {
     }
 
     /// Gives the events to every queue, if every queue has room for all of them and no publishers wait already; none if not. What
-    /// is returned are the inline handlers to call. Events `only` for one instance go to that instance's subscriptions.
+    /// is returned are the inline handlers to call. Events `only` for one instance go to that instance's subscriptions, and only
+    /// publishers that wait for those come before them.
     #[inline]
     pub(crate) fn push_all(
         &self,
@@ -86,10 +87,14 @@ impl TopicState {
         only: Option<InstanceId>,
         aftermath: &mut Aftermath,
     ) -> Option<Option<Handlers>> {
-        if self.waiting.load(Ordering::Acquire) > 0 {
+        let others_wait = self.waiting.load(Ordering::Acquire) > 0;
+        if others_wait && only.is_none() {
             return None;
         }
         let mut attached = self.attached.lock();
+        if others_wait && attached.queues(only).any(|queue| queue.is_room_wanted()) {
+            return None;
+        }
         attached.has_room(events.len(), only).then(|| attached.push(events, only, aftermath))
     }
 
@@ -135,12 +140,13 @@ impl TopicState {
         timed.await.is_ok()
     }
 
-    /// Attaches a subscription. Called under the hub's lock on its topics.
+    /// Attaches a subscription. Called under the hub's lock on its topics, so the caller keeps the options: what their filter closes
+    /// over may be the last of anything.
     pub(crate) fn subscribe(
         self: &Arc<Self>,
         hub: &Arc<Hub>,
         instance: InstanceId,
-        options: SubscribeOptions,
+        options: &SubscribeOptions,
         on_end: Arc<dyn Fn() + Send + Sync>,
     ) -> Result<(Arc<DeliveryQueue>, Subscription)> {
         let timer = hub.timer()?;
@@ -158,7 +164,7 @@ impl TopicState {
                 drop(left); // without the lock
                 on_end();
             };
-            let subscription = queue.join(instance, options, leaves).expect("a new queue has not ended");
+            let subscription = queue.join(instance, options.clone(), leaves).expect("a new queue has not ended");
             attached.fan_out.push(FanOut { number, instance, queue: queue.clone() });
             attached.next += 1;
             return Ok((queue, subscription));
@@ -169,8 +175,8 @@ impl TopicState {
                 return Ok((queue.clone(), subscription));
             }
         }
-        let queue = attached.new_group(hub, &self.topic, group, &options, timer)?;
-        let subscription = queue.join(instance, options, ended(&on_end)).expect("a new queue has not ended");
+        let queue = attached.new_group(hub, &self.topic, group, options, timer)?;
+        let subscription = queue.join(instance, options.clone(), ended(&on_end)).expect("a new queue has not ended");
         attached.groups.push(queue.clone());
         Ok((queue, subscription))
     }

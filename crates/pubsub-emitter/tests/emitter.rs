@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
 use pubsub_core::{
-    Bus, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions, RetryPolicy,
-    Settled, Start, SubscribeOptions, Topic, TrimFilter,
+    Bus, Cursor, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions,
+    RetryPolicy, Scope, Settled, Start, SubscribeOptions, Topic, TrimFilter,
 };
 use pubsub_emitter::EventEmitterPubSub;
 
@@ -426,4 +426,52 @@ async fn a_payload_may_use_the_bus_when_it_is_encoded() {
         assert_eq!(durable.next().await.unwrap().unwrap().event().event_type(), "nested");
         assert!(durable.next().now_or_never().is_none());
     }
+}
+
+/// Goes, and looks at a bus as it does.
+struct Parting(Bus);
+
+impl Drop for Parting {
+    fn drop(&mut self) {
+        let _ = self.0.subscribe("t").now_or_never();
+    }
+}
+
+#[tokio::test]
+async fn a_refused_subscription_lets_go_of_its_filter_without_the_bus_being_locked() {
+    let bus = Bus::from(EventEmitterPubSub::new());
+    let names_it = bus.subscribe_with("u", group("g").dead_letter(topic("dead"))).await.unwrap();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let runtime = tokio::runtime::Handle::current();
+    // A thread of its own: what this test looks for is a deadlock.
+    std::thread::spawn(move || {
+        let parting = Parting(bus.clone());
+        let filter = Filter::predicate(move |_| parting.0.leases().is_some());
+        let foreign = Cursor::new(Arc::new(Scope::new("elsewhere", "1").unwrap()), 7);
+        let refused = bus.subscribe_with("dead", group("g").start(Start::After(foreign)).filter(filter));
+        let _ = done.send(runtime.block_on(refused).unwrap_err());
+        drop(names_it);
+    });
+    let error = is_done.recv_timeout(Duration::from_secs(20)).expect("it locked up");
+    assert!(matches!(error.kind(), ErrorKind::Gap(_)), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn local_events_wait_in_no_line_for_a_queue_they_do_not_go_to() {
+    let here = EventEmitterPubSub::new();
+    let (there, here) = (Bus::from(here.connect()), Bus::from(here));
+    let _stuck = there.subscribe_with("t", SubscribeOptions::fan_out().prefetch(1)).await.unwrap();
+    let mut local = here.subscribe("t").await.unwrap();
+    there.publish("t", Event::new("x")).await.unwrap();
+    let mut waits = Box::pin(there.publish("t", Event::new("x")));
+    assert!(waits.as_mut().now_or_never().is_none());
+    let event = [Arc::new(Event::new("local"))];
+    let options = PublishOptions::local_only().timeout(Duration::from_millis(10));
+    here.publish_with("t", &event, options.clone()).await.unwrap();
+    assert_eq!(local.next().await.unwrap().unwrap().event().event_type(), "x");
+    assert_eq!(local.next().await.unwrap().unwrap().event().event_type(), "local");
+    // Where the line is for a queue of their own, they stand in it.
+    let _full = here.subscribe_with("t", SubscribeOptions::fan_out().prefetch(1)).await.unwrap();
+    here.publish_with("t", &event, options.clone()).await.unwrap();
+    assert_eq!(*here.publish_with("t", &event, options).await.unwrap_err().kind(), ErrorKind::Full);
 }

@@ -295,6 +295,7 @@ impl DeliveryQueue {
         if !durable {
             self.capacity.fetch_max(capacity, Ordering::Relaxed);
         }
+        self.ring_drained(); // what waits may have been a burden to another instance alone
         let on_end = Box::new(on_end);
         let membership = Arc::new(Membership { queue: self.clone(), member, ended: AtomicBool::new(false), on_end });
         let source = QueueSource::new(membership.clone(), stash + 1);
@@ -308,6 +309,11 @@ impl DeliveryQueue {
             return usize::MAX;
         }
         self.capacity.load(Ordering::Relaxed).saturating_sub(self.len.load(Ordering::Acquire))
+    }
+
+    /// Whether somebody waits for room.
+    pub fn is_room_wanted(&self) -> bool {
+        self.room_wanted.load(Ordering::SeqCst) > 0
     }
 
     /// Waits until there may be room again, or the queue has ended. Cancel safe.
