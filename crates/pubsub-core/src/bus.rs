@@ -397,7 +397,8 @@ impl Handler {
         &self.handle
     }
 
-    /// Stops taking events and waits until the running handlers have ended.
+    /// Stops taking events and waits until the running handlers have ended. Once the future is dropped they end by themselves, and no
+    /// further one begins.
     ///
     /// # Errors
     /// The error the subscription had ended with.
@@ -406,7 +407,7 @@ impl Handler {
         self.ended().await
     }
 
-    /// Waits until the subscription has ended.
+    /// Waits until the subscription has ended. Dropping the future leaves the handler running.
     ///
     /// # Errors
     /// The error the subscription ended with; `Closed` if its runtime ended first.

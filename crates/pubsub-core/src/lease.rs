@@ -48,7 +48,7 @@ pub enum Acquired {
 /// A store of leases.
 ///
 /// Each call is atomic in the store. Keys and owners are opaque text of 1 to 255 bytes without control characters; keys are
-/// independent of topics.
+/// independent of topics. Once a future is dropped, the store may have done what was asked or not: whoever asks again finds out.
 #[async_trait]
 pub trait LeaseProvider: Send + Sync + fmt::Debug + 'static {
     /// How far these leases are known.

@@ -62,19 +62,22 @@ pub trait PubSub: Send + Sync + Debug + 'static {
     /// could not tell where the next page starts.
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page>;
 
-    /// Forgets what the topic retains (clause R4). Subscriptions live on. A no-op where nothing is retained.
+    /// Forgets what the topic retains (clause R4). Subscriptions live on. A no-op where nothing is retained. Once the future is
+    /// dropped it may be done or not; it may be called again.
     ///
     /// # Errors
     /// `Closed`, and what the backend's server refuses.
     async fn clear_topic(&self, topic: &Topic) -> Result<()>;
 
-    /// Removes retained events of one run (clause R4) and returns how many; 0 where nothing is retained.
+    /// Removes retained events of one run (clause R4) and returns how many; 0 where nothing is retained. Once the future is dropped
+    /// it may be done or not, or in part; it may be called again.
     ///
     /// # Errors
     /// `Closed`, and what the backend's server refuses.
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64>;
 
-    /// What is known about a topic. An unknown topic has a status, an empty one.
+    /// What is known about a topic. An unknown topic has a status, an empty one. Dropping the future loses the answer and nothing
+    /// else.
     ///
     /// # Errors
     /// `Closed`, and what the backend's server refuses.
@@ -83,7 +86,8 @@ pub trait PubSub: Send + Sync + Debug + 'static {
     /// The state of the connection, to be watched (clause N1).
     fn status(&self) -> StatusWatch;
 
-    /// Returns when earlier publishes are confirmed and recorded settlements sent (clause C1). `Ok` when closed or idle.
+    /// Returns when earlier publishes are confirmed and recorded settlements sent (clause C1). `Ok` when closed or idle. Dropping
+    /// the future leaves everything on its way.
     ///
     /// # Errors
     /// What the backend's server refuses.
