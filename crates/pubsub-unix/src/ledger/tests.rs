@@ -113,7 +113,8 @@ fn a_group_with_members_holds_publishers_back_and_one_without_is_told_its_loss()
 #[test]
 fn what_a_client_held_comes_back_once_it_is_gone_one_attempt_higher() {
     let mut bench = Bench::new();
-    (bench.join(2), bench.join(3));
+    bench.join(2);
+    bench.join(3);
     bench.publish([1, 2]);
     assert_eq!(bench.take(2, 1, 2), [(0, 1, 0), (1, 1, 0)]);
     assert_eq!(bench.take(2, 1, 2), [(0, 1, 0), (1, 1, 0)], "a take said again");
@@ -128,7 +129,8 @@ fn what_a_client_held_comes_back_once_it_is_gone_one_attempt_higher() {
 #[test]
 fn a_member_that_leaves_takes_nothing_with_it_that_it_never_saw() {
     let mut bench = Bench::new();
-    (bench.join(2), bench.join(3));
+    bench.join(2);
+    bench.join(3);
     bench.publish([1]);
     assert_eq!(bench.take(2, 1, 1), [(0, 1, 0)]);
     bench.call(2, Request::Leave { seat: seat(), heard: 0 });
