@@ -114,12 +114,30 @@ const TYPES: u8 = 6;
 #[serde(tag = "type", rename_all = "lowercase")]
 pub(crate) enum Greeting {
     /// A client introduces itself. Its newest session is the one that counts.
-    Hello { v: u32, client: u64, session: u64 },
+    Hello {
+        v: u32,
+        client: u64,
+        session: u64,
+    },
+    /// Then it asks what a broker of Mastra answers, and ours ignores: so the one is told from the other, and from none.
+    Subscribe {
+        topic: String,
+    },
+    Subscribed,
     /// A broker answers, with the epoch it claimed.
-    Welcome { v: u32, epoch: u64 },
+    Welcome {
+        v: u32,
+        epoch: u64,
+    },
 }
 
 impl Greeting {
+    /// What a client says first.
+    pub(crate) fn hello(client: u64, session: u64) -> Vec<u8> {
+        let hello = Self::Hello { v: crate::protocol::VERSION, client, session };
+        [hello.line(), Self::Subscribe { topic: "pubsub.probe".into() }.line()].concat()
+    }
+
     pub(crate) fn line(&self) -> Vec<u8> {
         let mut line = serde_json::to_vec(self).expect("plain data is JSON");
         line.push(b'\n');

@@ -75,8 +75,8 @@
 //! broker says after its successor's claim is not heard; and what was heard before was in the log, which the successor reads after
 //! its claim.
 //!
-//! Each side begins with a line of JSON, `{"type":"hello","v":1,"client":C,"session":N}` and `{"type":"welcome","v":1,"epoch":E}`, after which
-//! both speak frames: `u32 length, u8 flags, body`, little-endian, at most 64 MiB, the body's first byte the type of the frame, the rest its
+//! A client begins with two lines of JSON, `{"type":"hello","v":1,"client":C,"session":N}` and `{"type":"subscribe","topic":"pubsub.probe"}`. A
+//! broker answers `{"type":"welcome","v":1,"epoch":E}`, after which both speak frames: `u32 length, u8 flags, body`, little-endian, at most 64 MiB, the body's first byte the type of the frame, the rest its
 //! fields in the encoding of postcard. A frame of an unknown type is skipped, unless it is flagged as critical (1): that ends
 //! the connection. A broker of another version refuses the client with its welcome.
 //!
@@ -95,7 +95,8 @@
 //! | `taken` member, number, deliveries | to a take; without deliveries: the seat is gone |
 //! | `pong`, `ping` | |
 //!
-//! Mastra's processes cannot take part yet. Its election file `S.elect` is honoured.
+//! Processes of Mastra, which speak JSON alone, cannot take part. Its election file `S.elect` is honoured, and a broker of its kind, which
+//! ignores the hello and answers the probe, keeps the socket: the status then is `Failed`, until it has gone.
 
 mod broker;
 mod builder;

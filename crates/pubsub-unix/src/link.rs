@@ -36,6 +36,9 @@ const UNANSWERED: u32 = 2;
 /// How long to wait at most before trying again to find a broker.
 const MAX_PAUSE: Duration = Duration::from_millis(20);
 
+/// How long to wait before looking again whether a broker of another kind is still there.
+const FOREIGN_PAUSE: Duration = Duration::from_millis(500);
+
 /// How long the last words of an instance that was dropped may take.
 const LAST_WORDS: Duration = Duration::from_millis(250);
 
@@ -377,16 +380,17 @@ async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Re
     let mut found = Ok(first);
     let mut pause = Duration::ZERO;
     loop {
+        let mut foreign = None;
         let connected = match found {
             Ok(Some(stream)) => {
                 let link = line.link.upgrade();
                 let mut talking = std::pin::pin!(talk(&mut line, stream));
                 tokio::select! {
-                    talked = &mut talking => {
-                        if let Ok(true) = talked {
-                            pause = Duration::ZERO;
-                        }
-                    }
+                    talked = &mut talking => match talked {
+                        Ok(true) => pause = Duration::ZERO,
+                        Err(error) if error.kind() == io::ErrorKind::InvalidData => foreign = Some(error),
+                        Ok(false) | Err(_) => {}
+                    },
                     _ = &mut ended => {
                         let Some(link) = link else { break };
                         tokio::select! {
@@ -409,15 +413,20 @@ async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Re
                 false
             }
         };
+        let is_foreign = foreign.is_some();
         if connected && let Some(link) = line.link.upgrade() {
             link.state.lock().connected = false;
-            link.tell(Status::Reconnecting { since: SystemTime::now() });
+            link.tell(match foreign {
+                // It is not ours to take the socket from; once it is gone, this goes on.
+                Some(error) => Status::Failed(Arc::new(Error::new(kind(&error)).during("connect").caused_by(error))),
+                None => Status::Reconnecting { since: SystemTime::now() },
+            });
         }
         tokio::select! {
             () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
             _ = &mut ended => break,
         }
-        pause = (2 * pause).clamp(Duration::from_millis(1), MAX_PAUSE);
+        pause = if is_foreign { FOREIGN_PAUSE } else { (2 * pause).clamp(Duration::from_millis(1), MAX_PAUSE) };
         found = line.find().await;
     }
     if let Some(serving) = line.serving.take() {
@@ -432,9 +441,10 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
     let Some(link) = line.link.upgrade() else { return Ok(false) };
     let hello = {
         let mut state = link.state.lock();
-        Greeting::Hello { v: VERSION, client: state.session.client, session: state.session.connect() }
+        let session = state.session.connect();
+        Greeting::hello(state.session.client, session)
     };
-    to.write_all(&hello.line()).await?;
+    to.write_all(&hello).await?;
     let mut decoder = Decoder::default();
     let epoch = match timeout(HUNG, welcome(&mut from, &mut decoder)).await {
         Ok(epoch) => epoch?,

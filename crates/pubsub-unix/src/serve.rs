@@ -206,15 +206,15 @@ async fn greet(
     decoder: &mut Decoder,
 ) -> io::Result<()> {
     let refuse = || io::Error::new(io::ErrorKind::InvalidData, "no greeting of ours");
-    let greeting = loop {
-        if let Some(greeting) = decoder.greeting().map_err(|_| refuse())? {
-            break greeting;
+    let mut lines = Vec::new();
+    while lines.len() < 2 {
+        match decoder.greeting().map_err(|_| refuse())? {
+            Some(line) => lines.push(line),
+            None if from.read_buf(&mut decoder.buffer).await? == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            None => {}
         }
-        if from.read_buf(&mut decoder.buffer).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-    };
-    let Greeting::Hello { v, client, session } = greeting else { return Err(refuse()) };
+    }
+    let [Greeting::Hello { v, client, session }, Greeting::Subscribe { .. }] = lines[..] else { return Err(refuse()) };
     to.write_all(&Greeting::Welcome { v: VERSION, epoch: hub.epoch }.line()).await?;
     if v != VERSION {
         return Err(refuse());

@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
 use futures::StreamExt;
-use pubsub_core::{Bus, ErrorKind, Start};
+use pubsub_core::{Bus, ErrorKind, Start, Status};
 use pubsub_unix::UnixSocketPubSub;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -116,11 +116,12 @@ async fn a_hostile_peer_harms_only_itself() {
     let path = directory.path().join("bus");
     let bus = connect(&path).await;
     let mut listener = bus.subscribe("t").await.unwrap();
-    let hello = b"{\"type\":\"hello\",\"v\":1,\"client\":1,\"session\":1}\n";
+    let hello = b"{\"type\":\"hello\",\"v\":1,\"client\":1,\"session\":1}\n{\"type\":\"subscribe\",\"topic\":\"x\"}\n";
     let greeted = [&hello[..], &u32::MAX.to_le_bytes()].concat();
     let stalled = [&hello[..], &[200, 0, 0, 0, 1, 0]].concat();
     let garbage = [&hello[..], &[9, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]].concat();
-    let version = b"{\"type\":\"hello\",\"v\":77,\"client\":1,\"session\":1}\n".to_vec();
+    let version =
+        b"{\"type\":\"hello\",\"v\":77,\"client\":1,\"session\":1}\n{\"type\":\"subscribe\",\"topic\":\"x\"}\n".to_vec();
     let mut open = Vec::new();
     for bytes in [b"{}\n".to_vec(), vec![b'x'; 10_000], greeted, garbage, version] {
         let mut peer = UnixStream::connect(&path).unwrap();
@@ -136,5 +137,33 @@ async fn a_hostile_peer_harms_only_itself() {
     open.extend((0..50).map(|_| UnixStream::connect(&path).unwrap()));
     bus.publish_data("t", "x", 1).await.unwrap();
     assert!(listener.next().await.unwrap().is_ok());
+    bus.close(SECOND).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_of_another_kind_keeps_its_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("bus");
+    let listener = UnixListener::bind(&path).unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let mut said = [0; 512];
+        let mut seen = String::new();
+        while !seen.contains("subscribe") {
+            let count = peer.read(&mut said).unwrap();
+            seen.push_str(std::str::from_utf8(&said[..count]).unwrap());
+        }
+        peer.write_all(b"{\"type\":\"subscribed\",\"topic\":\"pubsub.probe\"}\n").unwrap();
+        listener // it goes on listening
+    });
+    let inode = fs::metadata(&path).unwrap().ino();
+    let bus = connect(&path).await;
+    assert!(bus.status().wait_for(|status| matches!(status, Status::Failed(_))).await);
+    let listener = serving.join().unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().ino(), inode);
+    drop(listener);
+    // It has gone: now the name is taken over.
+    bus.publish_data("t", "x", 1).await.unwrap();
+    assert_ne!(fs::metadata(&path).unwrap().ino(), inode);
     bus.close(SECOND).await.unwrap();
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use pubsub_core::{Bus, Event, PublishOptions, RetryPolicy, Start, SubscribeOptions};
 use pubsub_unix::UnixSocketPubSub;
@@ -259,6 +260,7 @@ async fn a_broker_that_is_stopped_is_superseded_and_comes_back_as_one_of_many() 
     let mut listener = bus.subscribe("after").await.unwrap();
     assert_eq!(broker(directory.path()), Some(stopped.child.id()));
     kill(stopped.pid(), Signal::SIGSTOP).unwrap();
+    waitpid(stopped.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap(); // it may have gone on for a moment
     let event = [Arc::new(Event::new("x"))];
     let served = async { while bus.publish_with("after", &event, PublishOptions::new()).await.is_err() {} };
     timeout(Duration::from_secs(20), served).await.expect("another serves");
