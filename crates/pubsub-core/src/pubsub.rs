@@ -56,6 +56,7 @@ pub trait PubSub: Send + Sync + Debug + 'static {
 
     /// Reads up to `limit` retained events, at least one, oldest first (clause R6). `Start::Latest` reads nothing but tells floor
     /// and head.
+    /// Dropping the future loses the answer and nothing else.
     ///
     /// # Errors
     /// `Unsupported` where nothing is retained; `Gap` if `from` cannot be resumed from; `InvalidOption` for a limit of zero, which
