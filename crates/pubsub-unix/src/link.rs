@@ -72,6 +72,8 @@ enum Kept {
 enum Asker {
     Caller(oneshot::Sender<Reply>),
     Reader(Weak<Reader>),
+    /// Wants to know whether it still has its seat.
+    Member(Weak<Member>),
 }
 
 pub(crate) struct Link {
@@ -277,6 +279,21 @@ impl Link {
         self.less.notify_waiters();
     }
 
+    /// Members that hold something may have lost it meanwhile, if this process was stopped for so long that it was taken for dead.
+    /// Those that wait for a take are told by its answer.
+    fn ask_for_seats(&self) {
+        let members: Vec<Arc<Member>> = self.state.lock().members.values().filter_map(Weak::upgrade).collect();
+        let mut state = self.state.lock();
+        let client = state.session.client;
+        for member in members.iter().filter(|member| !state.session.is_taking(member.seat.member)).collect::<Vec<_>>() {
+            let query = Query::Seated { client, seat: member.seat.clone() };
+            let (_, frame) = state.session.ask(query, Asker::Member(Arc::downgrade(member)));
+            state.say(&frame);
+        }
+        drop(state); // before the members, whose end takes the lock
+        self.more.notify_one();
+    }
+
     /// A frame came.
     fn heard(self: &Arc<Self>, frame: FromBroker) {
         let (heard, member) = {
@@ -309,6 +326,11 @@ impl Link {
             Heard::Reply(id, reply, Asker::Reader(reader)) => {
                 if let (Some(reader), Reply::Stretch(stretch)) = (reader.upgrade(), reply) {
                     reader.arrived(id, stretch);
+                }
+            }
+            Heard::Reply(_, reply, Asker::Member(member)) => {
+                if let (Some(member), Reply::Seated(false)) = (member.upgrade(), reply) {
+                    member.rejoin();
                 }
             }
             Heard::Taken { bus, generation, handed, .. } => {
@@ -464,6 +486,7 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
         let frames: Vec<_> = state.session.resume().collect();
         frames.iter().for_each(|frame| state.say(frame));
     }
+    link.ask_for_seats();
     link.tell(Status::Connected);
     let hung = tokio::select! {
         read = read(&link, &mut from, &mut decoder, &register, epoch) => read?,

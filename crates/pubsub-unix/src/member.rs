@@ -137,7 +137,7 @@ impl Member {
     }
 
     /// What is held went to others long ago; from now on this is a new member.
-    fn rejoin(&self) {
+    pub(crate) fn rejoin(&self) {
         let (lost, waker) = {
             let mut state = self.state.lock();
             state.asked = false;

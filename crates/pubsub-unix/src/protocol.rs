@@ -185,6 +185,11 @@ pub(crate) enum Query {
         topic: SmolStr,
         group: SmolStr,
     },
+    /// Whether this client still has the seat.
+    Seated {
+        client: ClientId,
+        seat: Seat,
+    },
     Status {
         topic: SmolStr,
     },
@@ -276,6 +281,7 @@ pub(crate) enum Reply {
     Stretch(Stretch),
     Page { stretch: Result<Stretch, NoStart>, floor: Option<u64>, head: Option<u64> },
     Idle,
+    Seated(bool),
     Status { retained: u64, groups: Vec<GroupState> },
     Lease(Option<LeaseState>),
 }

@@ -124,6 +124,11 @@ impl<C, A> Session<C, A> {
         Some(ToBroker::Take(take))
     }
 
+    /// Whether a member has asked for deliveries and was not answered.
+    pub(crate) fn is_taking(&self, member: u64) -> bool {
+        self.takes.contains_key(&member)
+    }
+
     /// A member has left: what it asked for is not wanted. Returns the number of the last take that was answered.
     pub(crate) fn leave(&mut self, member: u64) -> u64 {
         let open = u64::from(self.takes.remove(&member).is_some());

@@ -31,12 +31,19 @@ async fn connect(path: &Path) -> Bus {
 #[ignore = "is a process that the other tests start"]
 fn child() {
     let Ok(job) = std::env::var(CHILD) else { return };
-    let (socket, journal) = job.split_once('|').expect("the socket and the journal");
+    let [socket, journal, what] = job.split('|').collect::<Vec<_>>()[..] else { panic!("{job}") };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let bus = connect(Path::new(socket)).await;
         let journal = File::options().create(true).append(true).open(journal).unwrap();
         let say = |line: String| (&journal).write_all(line.as_bytes()).unwrap();
+        if what == "hold" {
+            let mut member = bus.subscribe_group("t", "g").await.unwrap();
+            let held = member.next().await.unwrap().unwrap();
+            say("holds\n".into());
+            held.revoked().await;
+            say("revoked\n".into());
+        }
         let mut listener = bus.subscribe("t").await.unwrap();
         let retry = RetryPolicy::new().max_attempts(0).backoff(Duration::ZERO, Duration::ZERO);
         let options = SubscribeOptions::group("g".try_into().unwrap()).retry(retry);
@@ -76,10 +83,14 @@ struct Other {
 
 impl Other {
     fn start(directory: &Path, number: usize) -> Self {
+        Self::start_to(directory, number, "work")
+    }
+
+    fn start_to(directory: &Path, number: usize, what: &str) -> Self {
         let (socket, journal) = (directory.join("bus"), directory.join(format!("journal-{number}")));
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "child", "--ignored", "--nocapture"]);
-        command.env(CHILD, format!("{}|{}", socket.display(), journal.display()));
+        command.env(CHILD, format!("{}|{}|{what}", socket.display(), journal.display()));
         command.stdin(Stdio::null()).stdout(Stdio::null());
         Self { child: command.spawn().unwrap(), journal }
     }
@@ -275,6 +286,33 @@ async fn a_broker_that_is_stopped_is_superseded_and_comes_back_as_one_of_many() 
     timeout(Duration::from_secs(10), goes_on).await.expect("it goes on as a client");
     assert_eq!(broker(directory.path()), Some(std::process::id()), "and leaves the new broker alone");
     assert_eq!(listener.next().await.unwrap().unwrap().event().id(), event[0].id());
+    stopped.kill();
+    bus.close(Duration::from_secs(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_is_stopped_loses_what_it_holds_and_is_told_when_it_comes_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let builder = UnixSocketPubSub::builder(directory.path().join("bus")).hang_timeout(Duration::from_secs(2));
+    let bus = Bus::from(builder.connect().await.unwrap());
+    let mut stopped = Other::start_to(directory.path(), 0, "hold");
+    bus.publish_data("t", "x", 1).await.unwrap();
+    let says = async |what: &str| {
+        let said = async {
+            while !stopped.said().contains(what) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), said).await.expect(what);
+    };
+    says("holds").await;
+    kill(stopped.pid(), Signal::SIGSTOP).unwrap();
+    let mut member = bus.subscribe_group("t", "g").await.unwrap();
+    let found = timeout(Duration::from_secs(10), member.next()).await.expect("it goes to another").unwrap().unwrap();
+    assert_eq!(found.attempt(), 2);
+    found.done();
+    kill(stopped.pid(), Signal::SIGCONT).unwrap();
+    says("revoked").await;
     stopped.kill();
     bus.close(Duration::from_secs(1)).await.unwrap();
 }

@@ -360,6 +360,10 @@ impl Ledger {
                 let busy = kept.is_some_and(|kept| kept.groups.get(group).is_some_and(|group| !group.is_drained(kept)));
                 return (!busy).then_some(Reply::Idle);
             }
+            Query::Seated { client, seat } => {
+                let group = self.topics.get(&seat.topic).and_then(|topic| topic.groups.get(&seat.group));
+                Reply::Seated(group.is_some_and(|group| group.has_seat(*client, seat.member)))
+            }
             Query::Status { topic } => {
                 let (retained, groups): (_, Vec<GroupState>) =
                     self.topics.get(topic).map_or((0, Vec::new()), |topic| (topic.retained(), topic.states()));
