@@ -93,6 +93,8 @@ pub(crate) struct Watched {
     held: OnceLock<(Arc<DeliveryQueue>, SubscriptionHandle)>,
     lagged: AtomicUsize,
     idle: Notify,
+    /// How many wait for that.
+    waiting: AtomicUsize,
     on_end: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -110,6 +112,7 @@ impl Watched {
             held: OnceLock::new(),
             lagged: AtomicUsize::new(0),
             idle: Notify::new(),
+            waiting: AtomicUsize::new(0),
             on_end: Box::new(on_end),
         }
     }
@@ -163,22 +166,28 @@ impl Watched {
 
     fn set_ahead(&self, count: usize, more: bool) {
         let ahead = 2 * count + usize::from(more);
-        if self.ahead.swap(ahead, Ordering::AcqRel) > 0 && (ahead == 0 || self.closing.load(Ordering::Acquire)) {
+        if ahead > 0 && !self.closing.load(Ordering::Acquire) {
+            return self.ahead.store(ahead, Ordering::Release); // nothing to wait for
+        }
+        // Ordered against a waiter that counts itself in and then looks.
+        self.ahead.store(ahead, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) > 0 {
             self.idle.notify_waiters();
         }
     }
 
     fn is_idle(&self) -> bool {
         let read = if self.closing.load(Ordering::Acquire) {
-            self.ahead() == 0 // nothing more is read
+            self.ahead.load(Ordering::SeqCst) / 2 == 0 // nothing more is read
         } else {
-            self.known.lock().is_none() && self.ahead.load(Ordering::Acquire) == 0
+            self.known.lock().is_none() && self.ahead.load(Ordering::SeqCst) == 0
         };
         (read || self.ended.load(Ordering::Acquire)) && self.held.get().is_none_or(|(queue, _)| queue.is_drained())
     }
 
     /// Waits until nothing that was taken here is left to hand over or to settle. Cancel safe.
     pub(crate) async fn relieved(&self) {
+        let _waiting = Waiting::new(&self.waiting);
         loop {
             let mut changed = pin!(self.idle.notified());
             changed.as_mut().enable();
@@ -190,6 +199,22 @@ impl Watched {
                 _ => changed.await,
             }
         }
+    }
+}
+
+/// Counts somebody as waiting.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
