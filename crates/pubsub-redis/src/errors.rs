@@ -25,6 +25,11 @@ impl Fault {
         matches!(self, Self::Refused(text) if text.split([' ', ':']).next() == Some(code))
     }
 
+    /// Whether the server says that there is no such key.
+    pub(crate) fn is_missing_key(&self) -> bool {
+        matches!(self, Self::Refused(text) if text.starts_with("ERR no such key"))
+    }
+
     /// Whether the same command can succeed later without anything being changed.
     pub(crate) fn is_temporary(&self) -> bool {
         kind(self).is_retryable()
