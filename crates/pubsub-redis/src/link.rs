@@ -94,7 +94,7 @@ impl Script {
     }
 
     /// The same call where the server does not know the script.
-    fn in_full(&self, mut call: Cmd) -> Cmd {
+    pub(crate) fn in_full(&self, mut call: Cmd) -> Cmd {
         (call.name, call.args[0]) = ("EVAL", self.text.into());
         call
     }
