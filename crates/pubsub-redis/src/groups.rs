@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use fred::types::Value;
 use parking_lot::Mutex;
 use pubsub_core::{
     AckMode, Control, Delivery, Error, Group, Result, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
@@ -32,7 +33,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How many of its own pending entries an instance looks through at a time, after an answer got lost.
 const RECOVERED_TOGETHER: u64 = 10_000;
 
-static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/read.lua")));
+static LOST: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/lost.lua")));
 
 /// The reader of all groups of one name.
 pub(crate) struct GroupReader {
@@ -151,16 +152,29 @@ impl GroupReader {
         let Some(consumer) = wanted.first().map(|(_, desk)| desk.node.consumer().clone()) else { return Ok(()) };
         let careful: Vec<_> = wanted.iter().filter(|((_, careful), _)| *careful).collect();
         if !careful.is_empty() {
-            let call = |((count, _), desk): &&((usize, bool), Arc<Desk>)| {
-                let call = READ.call(&[&desk.place.stream]).arg(self.group.as_str());
-                blocking.link().eval(&READ, call.arg(&*consumer).number(*count as u64))
-            };
-            let answers = futures::future::join_all(careful.iter().map(call)).await;
-            for (((count, _), desk), answer) in careful.into_iter().zip(answers) {
-                let [lost, entries] = reply::tuple(answer?)?;
-                desk.read(reply::entries(entries)?, reply::number(&lost)?, *count);
+            let commands = careful.iter().flat_map(|((count, _), desk)| {
+                let stream = &*desk.place.stream;
+                // In full: that the script is not known would be found out too late, with the read done and its answer lost.
+                let lost = LOST.in_full(LOST.call(&[stream]).arg(self.group.as_str()));
+                let read = Cmd::new("XREADGROUP").arg("GROUP").arg(self.group.as_str()).arg(&*consumer);
+                let read = read.arg("COUNT").number(*count as u64).arg("STREAMS").key(stream).arg(">");
+                [Cmd::new("MULTI").beside(stream), lost, read, Cmd::new("EXEC").beside(stream)]
+            });
+            let mut answers = blocking.link().pipeline(commands.collect()).await.into_iter();
+            let mut outcome = Ok(());
+            for ((count, _), desk) in careful {
+                let answer = reply::executed(answers.by_ref().take(4)).and_then(|executed| {
+                    let [lost, streams] = reply::tuple(Value::Array(executed))?;
+                    let entries = reply::streams(streams)?.pop().map_or_else(Vec::new, |(_, entries)| entries);
+                    Ok((reply::number(&lost)?, entries))
+                });
+                // What was read of the others is theirs, whatever became of one.
+                match answer {
+                    Ok((lost, entries)) => desk.read(entries, lost, *count),
+                    Err(fault) => outcome = Err(fault),
+                }
             }
-            return Ok(());
+            return outcome;
         }
         // One number for all: what one of them wants more comes with the next read.
         let count = wanted.iter().map(|((count, _), _)| *count).min().unwrap_or(1);

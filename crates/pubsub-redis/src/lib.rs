@@ -24,14 +24,15 @@
 //! The clauses of [`pubsub_core::guide`] hold, with these particulars.
 //!
 //! - `Ok` of a publish means: the server has it. What that outlives is the server's matter, its append-only file and its replicas.
-//! - All subscriptions of a topic see one order. Events of concurrent publishers travel in one pipeline, and those of a topic in one
-//!   transaction, which also trims the topic and renews its time to live.
+//! - All subscriptions of a topic see one order. Events of concurrent publishers travel together: up to 250 of a topic are one call of a
+//!   script, which adds all or none, trims the topic and renews its time to live.
 //! - When the outcome of a publish is unknown because the connection broke, a script finds out which of its events are there and adds
 //!   the others: each is stored once, provided that the server allows `CLIENT KILL` (else what was still on its way may come behind
 //!   the script), that its clock does not jump by more than ten seconds meanwhile, and that nothing is trimmed that fast. It is tried
 //!   for [`publish_timeout`](RedisBuilder::publish_timeout); then the error says that the fate is unknown. Publishing the same event
 //!   again by oneself stores it again.
-//! - Fan-out needs no object on the server: positions are the subscription's own. Retries of fan-out are local to the instance.
+//! - Fan-out needs no object on the server: positions are the subscription's own. Retries of fan-out are local to the instance. What one
+//!   reader has read is decoded once for all of a topic's subscriptions here, and read no further ahead than one of them takes.
 //! - A group is a consumer group of Redis, on one key, and keeps its place without members. A retry is never written again: the
 //!   pending entry is given to nobody (the consumer `~nobody`), its back-off kept in the server's idle clock, so that it survives
 //!   whoever asked for it and any member may take it when it is due. A back-off that is longer than
@@ -42,7 +43,8 @@
 //! - What a silent member held goes to others after `reclaim_after`, looked for every eighth to quarter of it. What is held is renewed every
 //!   third of it. A member that was paused for longer cannot take anything away from who has it now: its settlement is `TooLate`.
 //! - A group that loses unread events to the bound on retention is told how many, unless
-//!   [`trim_topic`](pubsub_core::PubSub::trim_topic) was used on the topic: then the server cannot count. A fan-out subscription likewise.
+//!   [`trim_topic`](pubsub_core::PubSub::trim_topic) was used on the topic: then the server cannot count. A fan-out subscription that is
+//!   outrun by its publishers likewise: with the next delivery, [`lagged`](pubsub_core::Delivery::lagged) says how many it lost.
 //! - Streams, groups and entries are those of the TypeScript system: both may be on one bus, and members of one group. Its retries are
 //!   new entries, which are read with their attempt.
 //!
@@ -53,16 +55,18 @@
 //! over ring. Instances share a bus by sharing server, database and prefix.
 //!
 //! A user needs the commands of streams, `GET`, `SET`, `PEXPIRE`, `EVAL`, `EVALSHA`, `MULTI`, `EXEC`, `CLIENT ID`, `CLIENT SETNAME`, `INFO`
-//! and `PING`, on keys `*PREFIX:*`; and should have `CLIENT KILL` (see above) and `CLIENT UNBLOCK`, without which a subscription to a further
-//! topic may start up to five seconds late.
+//! and `PING`, on keys `*PREFIX:*`; and should have `CLIENT KILL` (see above), `CLIENT UNBLOCK`, without which a subscription to a further
+//! topic may start up to five seconds late, and `CLIENT TRACKING` (see below).
 //!
 //! # Limits
 //!
 //! Redis 7.0 or later, one server: in a cluster, reading several topics needs them on one node, so give them a prefix with a hash
 //! tag. 4 MiB of data and metadata per event ([`max_payload`](RedisBuilder::max_payload)). A topic keeps about 10,000 events, and goes 7 days
 //! after the last publish. An instance has one connection to write and settle, one for all fan-out, and one for each name of a group it
-//! has members of, which reads all its topics. A blocking read over `n` topics costs the server time in proportion to `n` for each
-//! wake: some hundred topics per instance are nothing, ten thousand are 13 ms a wake.
+//! has members of, which reads all its topics. Beyond 64 topics, fan-out is told by the server which of them have changed
+//! (`CLIENT TRACKING`), and costs it the same for each event however many there are; then a topic whose notice went missing, as after
+//! `FLUSHALL`, is read up to five seconds late. A group's reader, and fan-out where tracking is refused, blocks over all its topics, which
+//! costs the server time in proportion to their number for each wake: some hundred are nothing, ten thousand are 13 ms.
 //!
 //! A cursor knows prefix and topic, not the server: one from another server with the same prefix is told by its position alone.
 //!
