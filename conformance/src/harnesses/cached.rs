@@ -1,27 +1,35 @@
-//! The replay decorator over another harness's bus, with a store that all instances share.
+//! The replay decorator over another harness's bus, each instance with a handle of its own on one store.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pubsub_cache::{CachingPubSub, InMemoryServerCache};
+use pubsub_cache::CachingPubSub;
 use pubsub_core::{Capabilities, Deduplication, PubSub, Result, Retention};
 
+use super::MemoryStoreHarness;
+use crate::stores::StoreHarness;
 use crate::{Faults, Harness, Inline, Probe, Processes, Raw, Timing};
 
-/// How far back the store of this harness recognises a repeat.
+/// How far back the stores here recognise a repeat.
 const WINDOW: usize = 1000;
 
-/// Another harness's bus, with the replay decorator over each instance: `cache-` and the other's name.
+/// Another harness's bus, with the replay decorator over each instance: `cache-` and the other's name, and, if it is not the store within
+/// the process, `-with-` and the store's.
 pub struct CachedHarness {
     name: String,
     inner: Arc<dyn Harness>,
-    store: Arc<InMemoryServerCache>,
+    store: Arc<dyn StoreHarness>,
 }
 
 impl CachedHarness {
-    /// The decorator over each instance of a harness.
+    /// The decorator over each instance of a harness, with the store within the process.
     pub fn over(inner: Arc<dyn Harness>) -> Self {
-        Self { name: format!("cache-{}", inner.name()), inner, store: Arc::default() }
+        Self { name: format!("cache-{}", inner.name()), inner, store: Arc::new(MemoryStoreHarness::default()) }
+    }
+
+    /// The decorator over each instance of a harness, each with a connection of its own to this store.
+    pub fn with(inner: Arc<dyn Harness>, store: Arc<dyn StoreHarness>) -> Self {
+        Self { name: format!("cache-{}-with-{}", inner.name(), store.name()), inner, store }
     }
 }
 
@@ -32,7 +40,7 @@ impl Harness for CachedHarness {
     }
 
     fn unavailable(&self) -> Option<String> {
-        self.inner.unavailable()
+        self.inner.unavailable().or_else(|| self.store.unavailable())
     }
 
     fn declared(&self) -> Capabilities {
@@ -51,11 +59,11 @@ impl Harness for CachedHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self::over(self.inner.fresh().await?)))
+        Ok(Arc::new(Self { name: self.name.clone(), inner: self.inner.fresh().await?, store: self.store.fresh().await? }))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
-        Ok(Arc::new(CachingPubSub::new(self.inner.connect().await?, self.store.clone())))
+        Ok(Arc::new(CachingPubSub::new(self.inner.connect().await?, self.store.connect().await?)))
     }
 
     fn timing(&self) -> Timing {

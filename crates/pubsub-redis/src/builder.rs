@@ -155,7 +155,7 @@ impl RedisBuilder {
         Node::connect(self).await.map(RedisStreamsPubSub::on).map_err(|error| error.during("connect"))
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         if self.prefix.is_empty() || self.prefix.len() > 255 || self.prefix.chars().any(char::is_control) {
             return Err(Error::invalid_option("prefix", "takes 1 to 255 bytes without control characters"));
         }

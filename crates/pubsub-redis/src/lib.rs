@@ -74,7 +74,10 @@
 //! anew where they had read to, or from the start of a new stream. What cannot heal, such as wrong credentials, a missing permission or
 //! a key of another type, is an error at once, and ends the subscriptions it concerns with that error.
 
+mod ask;
 mod builder;
+#[cfg(feature = "cache")]
+mod cache;
 mod channel;
 mod desk;
 mod entry;
@@ -95,4 +98,6 @@ mod reply;
 mod settle;
 
 pub use builder::RedisBuilder;
+#[cfg(feature = "cache")]
+pub use cache::{RedisCacheBuilder, RedisServerCache};
 pub use redis::RedisStreamsPubSub;

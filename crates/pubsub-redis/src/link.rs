@@ -11,6 +11,7 @@ use fred::interfaces::{ClientLike, EventInterface};
 use fred::types::config::{ConnectionConfig, PerformanceConfig, ReconnectPolicy, TcpConfig, UnresponsiveConfig};
 use fred::types::{Builder, ClusterHash, ConnectHandle, CustomCommand, RespVersion, Value};
 use parking_lot::Mutex;
+use pubsub_core::{Error, ErrorKind};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::TryRecvError;
 
@@ -142,6 +143,17 @@ impl Link {
         let link = Self { client: opening.done(), task, reconnects };
         link.reconnected(); // the first time does not count
         Ok(link)
+    }
+
+    /// Says so if the server is older than what is needed.
+    pub(crate) fn check_version(&self) -> Result<(), Error> {
+        match self.client.server_version() {
+            Some(version) if version.major < 7 => {
+                let why = format!("the server is Redis {version}; 7.0 or later is needed");
+                Err(Error::new(ErrorKind::Backend(why.into())))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Sends a command and waits for its answer.

@@ -11,7 +11,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, InstanceId, SettleQueue, Timer};
-use pubsub_core::{Closed, Error, ErrorKind, Event, Group, Result, Scope, Status, Topic, wire};
+use pubsub_core::{Closed, Error, Event, Group, Result, Scope, Status, Topic, wire};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -75,12 +75,7 @@ impl Node {
     pub(crate) async fn connect(options: RedisBuilder) -> Result<Arc<Self>> {
         let timer = Arc::new(Timer::new()?);
         let link = Arc::new(Link::open(&options, Duration::ZERO).await?);
-        if let Some(version) = link.client().server_version()
-            && version.major < 7
-        {
-            let why = format!("the server is Redis {version}; 7.0 or later is needed");
-            return Err(Error::new(ErrorKind::Backend(why.into())));
-        }
+        link.check_version()?;
         let id = link.id().await?;
         let writer = Writer::start(link.clone(), id, &options);
         let (notices, burials) = (SettleQueue::new(), SettleQueue::new());

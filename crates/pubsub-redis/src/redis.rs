@@ -27,7 +27,6 @@ use crate::leases::RedisLeases;
 use crate::link::{Cmd, Script};
 use crate::look::look;
 use crate::node::{INSTANCE, Node, queue};
-use crate::pause::Pause;
 use crate::publish::{Failed, millis};
 use crate::reply;
 use crate::settle::Place;
@@ -87,27 +86,17 @@ impl RedisStreamsPubSub {
         }
     }
 
-    /// Asks until there is an answer that is none of a connection being made again, but not for longer than a command may take.
+    /// Asks for as long as a command may take.
     async fn ask<T, F: Future<Output = Result<T, Fault>>>(
         &self,
         operation: &'static str,
         topic: &Topic,
         ask: impl Fn() -> F,
     ) -> Result<T> {
-        let (until, mut pause) = (Instant::now() + self.0.options().command_timeout, Pause::new());
-        loop {
-            let fault =
-                match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
-                    Ok(Ok(answer)) => return Ok(answer),
-                    Ok(Err(fault)) => fault,
-                    Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
-                };
-            let again = Instant::now() + pause.next();
-            if !fault.is_temporary() || again >= until {
-                return Err(Error::from(fault).during(operation).on(topic));
-            }
-            tokio::time::sleep_until(again).await;
-        }
+        let until = Instant::now() + self.0.options().command_timeout;
+        let answer = self.unless_closed(crate::ask::ask(until, true, ask)).await;
+        let answer = answer.and_then(|answer| answer.map_err(Error::from));
+        answer.map_err(|error| error.during(operation).on(topic))
     }
 
     /// Events that stay within this instance: never encoded, and with nowhere to wait but their subscribers' queues.

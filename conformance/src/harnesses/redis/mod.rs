@@ -3,6 +3,7 @@
 mod process;
 mod proxy;
 mod server;
+mod store;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,6 +20,7 @@ use pubsub_redis::{RedisBuilder, RedisStreamsPubSub};
 pub use self::process::{is_other_process, other_process};
 use self::proxy::Proxy;
 use self::server::{Answer, Server};
+pub use self::store::RedisStoreHarness;
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
 
 /// After how long what a silent member held goes to others.
@@ -51,6 +53,12 @@ fn builder(url: &str, prefix: &str) -> Result<RedisBuilder> {
 }
 
 impl RedisHarness {
+    fn another(&self) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let running = if self.number.is_some() { self.running.clone() } else { Arc::default() };
+        Self { running, number: Some(NEXT.fetch_add(1, Ordering::Relaxed)) }
+    }
+
     fn running(&self) -> Result<&Running> {
         if let Some(running) = self.running.get() {
             return Ok(running);
@@ -102,9 +110,7 @@ impl Harness for RedisHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let running = if self.number.is_some() { self.running.clone() } else { Arc::default() };
-        Ok(Arc::new(Self { running, number: Some(NEXT.fetch_add(1, Ordering::Relaxed)) }))
+        Ok(Arc::new(self.another()))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
