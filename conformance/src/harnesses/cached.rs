@@ -19,17 +19,19 @@ pub struct CachedHarness {
     name: String,
     inner: Arc<dyn Harness>,
     store: Arc<dyn StoreHarness>,
+    /// Whether appending waits for nothing, so that a publish can call handlers within itself.
+    at_once: bool,
 }
 
 impl CachedHarness {
     /// The decorator over each instance of a harness, with the store within the process.
     pub fn over(inner: Arc<dyn Harness>) -> Self {
-        Self { name: format!("cache-{}", inner.name()), inner, store: Arc::new(MemoryStoreHarness::default()) }
+        Self { name: format!("cache-{}", inner.name()), inner, store: Arc::new(MemoryStoreHarness::default()), at_once: true }
     }
 
-    /// The decorator over each instance of a harness, each with a connection of its own to this store.
+    /// The decorator over each instance of a harness, each with a connection of its own to this store, which is elsewhere.
     pub fn with(inner: Arc<dyn Harness>, store: Arc<dyn StoreHarness>) -> Self {
-        Self { name: format!("cache-{}-with-{}", inner.name(), store.name()), inner, store }
+        Self { name: format!("cache-{}-with-{}", inner.name(), store.name()), inner, store, at_once: false }
     }
 }
 
@@ -59,7 +61,8 @@ impl Harness for CachedHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self { name: self.name.clone(), inner: self.inner.fresh().await?, store: self.store.fresh().await? }))
+        let (inner, store) = (self.inner.fresh().await?, self.store.fresh().await?);
+        Ok(Arc::new(Self { name: self.name.clone(), inner, store, at_once: self.at_once }))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
@@ -95,6 +98,6 @@ impl Harness for CachedHarness {
     }
 
     fn inline(&self) -> Option<&dyn Inline> {
-        self.inner.inline()
+        self.inner.inline().filter(|_| self.at_once)
     }
 }

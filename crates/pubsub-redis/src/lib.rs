@@ -48,9 +48,9 @@
 //!
 //! # Configuration
 //!
-//! [`RedisStreamsPubSub::builder`], [`from_url`](RedisStreamsPubSub::from_url), or
-//! [`from_config`](RedisStreamsPubSub::from_config) for whatever fred connects to. The cargo feature `tls` adds encryption, with rustls
-//! over ring. Instances share a bus by sharing server, database and prefix.
+//! [`RedisStreamsPubSub::builder`] or [`from_url`](RedisStreamsPubSub::from_url); a [`RedisServer`] says where, and who to be there. The
+//! cargo feature `tls` adds encryption, with rustls over ring; the feature `cache` adds `RedisServerCache`, the store for the replay
+//! decorator `pubsub-cache`. Instances share a bus by sharing server, database and prefix.
 //!
 //! A user needs the commands of streams, `GET`, `SET`, `PEXPIRE`, `EVAL`, `EVALSHA`, `MULTI`, `EXEC`, `CLIENT ID`, `CLIENT SETNAME`, `INFO`
 //! and `PING`, on keys `*PREFIX:*`; and should have `CLIENT KILL` (see above) and `CLIENT UNBLOCK`, without which a subscription to a further
@@ -95,9 +95,11 @@ mod publish;
 mod reader;
 mod redis;
 mod reply;
+mod server;
 mod settle;
 
 pub use builder::RedisBuilder;
 #[cfg(feature = "cache")]
 pub use cache::{RedisCacheBuilder, RedisServerCache};
 pub use redis::RedisStreamsPubSub;
+pub use server::RedisServer;

@@ -112,7 +112,7 @@ impl Link {
     /// Connects. A command may take `command_timeout`, and as long as it may block beyond that.
     pub(crate) async fn open(options: &RedisBuilder, may_block: Duration) -> Result<Self, Fault> {
         let patience = options.command_timeout;
-        let mut config = options.server.clone();
+        let mut config = options.server.config().clone();
         (config.version, config.fail_fast) = (RespVersion::RESP3, true);
         let mut connection = ConnectionConfig::default();
         (connection.connection_timeout, connection.internal_command_timeout) = (patience, patience);

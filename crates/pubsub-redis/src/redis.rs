@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use fred::types::config::{Config, ServerConfig};
 use pubsub_core::{
     Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, Fate, GroupStatus, Groups, LateSettlement,
     LeaseProvider, LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status,
@@ -16,7 +15,6 @@ use pubsub_core::{
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::RedisBuilder;
 use crate::channel::{Attachment, Follower, FollowerSource};
 use crate::desk::Desk;
 use crate::entry::{Content, Entry, EntryId};
@@ -30,6 +28,7 @@ use crate::node::{INSTANCE, Node, queue};
 use crate::publish::{Failed, millis};
 use crate::reply;
 use crate::settle::Place;
+use crate::{RedisBuilder, RedisServer};
 
 /// How many entries are read at a time where many are.
 const PAGE: usize = 500;
@@ -47,26 +46,20 @@ pub struct RedisStreamsPubSub(Arc<Node>);
 impl RedisStreamsPubSub {
     /// Configures an instance on the server at this host and port.
     pub fn builder(host: impl Into<String>, port: u16) -> RedisBuilder {
-        RedisBuilder::new(Config { server: ServerConfig::new_centralized(host.into(), port), ..Config::default() })
+        Self::builder_on(RedisServer::new(host, port))
     }
 
-    /// Configures an instance on the server that a URL names: `redis://[user:password@]host[:port][/database]`, and `rediss://` for TLS
-    /// where the cargo feature `tls` is on.
+    /// Configures an instance on this server.
+    pub fn builder_on(server: RedisServer) -> RedisBuilder {
+        RedisBuilder::new(server)
+    }
+
+    /// Configures an instance on the server that a [URL](RedisServer::from_url) names.
     ///
     /// # Errors
     /// `InvalidOption`, which does not quote the URL: it may hold a password.
     pub fn from_url(url: &str) -> Result<RedisBuilder> {
-        if url.starts_with("rediss:") && !cfg!(feature = "tls") {
-            return Err(Error::invalid_option("url", "`rediss:` needs the cargo feature `tls` of pubsub-redis"));
-        }
-        let refuse = |_| Error::invalid_option("url", "is no `redis://[user:password@]host[:port][/database]`");
-        Ok(RedisBuilder::new(Config::from_url_centralized(url).map_err(refuse)?))
-    }
-
-    /// Configures an instance on what a configuration of fred names: TLS of one's own, sentinels, anything fred connects to. Its protocol
-    /// version and what it does at the first connection are set here.
-    pub fn from_config(config: Config) -> RedisBuilder {
-        RedisBuilder::new(config)
+        RedisServer::from_url(url).map(Self::builder_on)
     }
 
     pub(crate) fn on(node: Arc<Node>) -> Self {

@@ -10,7 +10,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use fred::types::Value;
-use fred::types::config::Config;
 use pubsub_cache::{Generation, LogPage, ServerCache, check_key, check_ttl};
 use pubsub_core::{Deduplication, Error, ErrorKind, Event, ReplayIndex, Result, Topic, TrimFilter, wire};
 use tokio::time::Instant;
@@ -21,7 +20,7 @@ use crate::errors::Fault;
 use crate::keys::Keys;
 use crate::link::{Cmd, Link, Script};
 use crate::publish::millis;
-use crate::{RedisStreamsPubSub, reply};
+use crate::{RedisServer, RedisStreamsPubSub, reply};
 
 /// How many events, and bytes of them, are read at a time where many are.
 const PAGE: usize = 1000;
@@ -64,22 +63,20 @@ pub struct RedisServerCache {
 impl RedisServerCache {
     /// Configures a store on the server at this host and port.
     pub fn builder(host: impl Into<String>, port: u16) -> RedisCacheBuilder {
-        RedisCacheBuilder::new(RedisStreamsPubSub::builder(host, port))
+        Self::builder_on(RedisServer::new(host, port))
     }
 
-    /// Configures a store on the server that a URL names, written as for
-    /// [`RedisStreamsPubSub::from_url`](RedisStreamsPubSub::from_url).
+    /// Configures a store on this server.
+    pub fn builder_on(server: RedisServer) -> RedisCacheBuilder {
+        RedisCacheBuilder::new(RedisStreamsPubSub::builder_on(server))
+    }
+
+    /// Configures a store on the server that a [URL](RedisServer::from_url) names.
     ///
     /// # Errors
     /// `InvalidOption`, which does not quote the URL: it may hold a password.
     pub fn from_url(url: &str) -> Result<RedisCacheBuilder> {
-        RedisStreamsPubSub::from_url(url).map(RedisCacheBuilder::new)
-    }
-
-    /// Configures a store on what a configuration of fred names, as
-    /// [`RedisStreamsPubSub::from_config`](RedisStreamsPubSub::from_config) does.
-    pub fn from_config(config: Config) -> RedisCacheBuilder {
-        RedisCacheBuilder::new(RedisStreamsPubSub::from_config(config))
+        RedisServer::from_url(url).map(Self::builder_on)
     }
 
     async fn on(options: RedisCacheBuilder) -> Result<Self> {
