@@ -60,6 +60,8 @@ impl FromStr for EntryId {
 pub(crate) struct Entry {
     pub(crate) id: EntryId,
     pub(crate) content: Content,
+    /// How many bytes of JSON it holds.
+    pub(crate) size: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -74,6 +76,7 @@ impl Entry {
     /// Reads an entry's fields.
     pub(crate) fn read(id: EntryId, fields: impl IntoIterator<Item = (Bytes, Bytes)>) -> Self {
         let field = fields.into_iter().find(|(name, _)| name == EVENT);
+        let size = field.as_ref().map_or(0, |(_, json)| json.len());
         let content = match field {
             None => Content::Malformed { bytes: Bytes::new(), why: "has no field `event`".into() },
             Some((_, json)) => match wire::decode(&json, stamp(id)) {
@@ -84,7 +87,7 @@ impl Entry {
                 Err(error) => Content::Malformed { bytes: json, why: error.to_string() },
             },
         };
-        Self { id, content }
+        Self { id, content, size }
     }
 
     /// An event that stands for what is no event, to be dead-lettered.

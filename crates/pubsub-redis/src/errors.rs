@@ -13,6 +13,8 @@ pub(crate) enum Fault {
     Unknown(String),
     /// The credentials were refused.
     Auth(String),
+    /// Whoever answers cannot be trusted, or does not speak TLS.
+    Untrusted(String),
     /// It was not sent: too much waits already.
     Full,
     /// An answer that makes no sense.
@@ -25,6 +27,11 @@ impl Fault {
         matches!(self, Self::Refused(text) if text.split([' ', ':']).next() == Some(code))
     }
 
+    /// Whether the server says that there is no such key.
+    pub(crate) fn is_missing_key(&self) -> bool {
+        matches!(self, Self::Refused(text) if text.starts_with("ERR no such key"))
+    }
+
     /// Whether the same command can succeed later without anything being changed.
     pub(crate) fn is_temporary(&self) -> bool {
         kind(self).is_retryable()
@@ -32,7 +39,7 @@ impl Fault {
 
     /// Whether the command may have been carried out.
     pub(crate) fn is_unknown(&self) -> bool {
-        !matches!(self, Self::Refused(_) | Self::Auth(_) | Self::Full)
+        !matches!(self, Self::Refused(_) | Self::Auth(_) | Self::Untrusted(_) | Self::Full)
     }
 }
 
@@ -53,6 +60,11 @@ impl From<fred::error::Error> for Fault {
                 }
             }
             Kind::Config | Kind::Url | Kind::InvalidArgument | Kind::InvalidCommand => Self::Refused(format!("ERR {details}")),
+            // The handshake's own errors come as those of the socket.
+            Kind::Tls => Self::Untrusted(details.into()),
+            Kind::IO if ["InvalidCertificate", "InvalidContentType"].iter().any(|said| details.contains(said)) => {
+                Self::Untrusted(details.into())
+            }
             Kind::Parse | Kind::Protocol => Self::Nonsense("the answer could not be read"),
             _ => Self::Unknown(error.to_string()),
         }
@@ -68,6 +80,10 @@ fn has_code(details: &str) -> bool {
 fn kind(fault: &Fault) -> ErrorKind {
     match fault {
         Fault::Auth(_) => ErrorKind::Denied,
+        Fault::Untrusted(text) if text.contains("InvalidCertificate") => {
+            ErrorKind::Backend("the server's certificate is not to be trusted".into())
+        }
+        Fault::Untrusted(_) => ErrorKind::Backend("the server does not speak TLS".into()),
         Fault::Full => ErrorKind::Full,
         Fault::Unknown(_) => ErrorKind::Unavailable,
         Fault::Nonsense(why) => ErrorKind::Backend((*why).into()),
@@ -94,7 +110,7 @@ struct Cause(Fault);
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Fault::Refused(text) | Fault::Unknown(text) | Fault::Auth(text) => f.write_str(text),
+            Fault::Refused(text) | Fault::Unknown(text) | Fault::Auth(text) | Fault::Untrusted(text) => f.write_str(text),
             Fault::Nonsense(why) => f.write_str(why),
             Fault::Full => f.write_str("too many publish calls wait"),
         }
@@ -129,6 +145,8 @@ mod tests {
             (Kind::Unknown, "ERR syntax error", backend("ERR syntax error"), false),
             (Kind::Config, "bad port", backend("ERR bad port"), false),
             (Kind::IO, "Connection reset", ErrorKind::Unavailable, true),
+            (Kind::IO, "InvalidCertificate(UnknownIssuer)", backend("the server's certificate is not to be trusted"), false),
+            (Kind::IO, "InvalidMessage(InvalidContentType)", backend("the server does not speak TLS"), false),
             (Kind::Canceled, "Canceled.", ErrorKind::Unavailable, true),
             (Kind::Timeout, "Request timed out.", ErrorKind::Unavailable, true),
             (Kind::Unknown, "Too many failed write attempts.", ErrorKind::Unavailable, true),

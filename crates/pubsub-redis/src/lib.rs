@@ -83,6 +83,7 @@ mod desk;
 mod entry;
 mod errors;
 mod fan_out;
+mod follower;
 mod groups;
 mod keeper;
 mod keys;
@@ -90,6 +91,7 @@ mod leases;
 mod link;
 mod look;
 mod node;
+mod page;
 mod pause;
 mod publish;
 mod reader;
@@ -97,6 +99,8 @@ mod redis;
 mod reply;
 mod server;
 mod settle;
+mod tracking;
+mod window;
 
 pub use builder::RedisBuilder;
 #[cfg(feature = "cache")]

@@ -21,6 +21,10 @@ use crate::errors::Fault;
 /// Back-off between attempts to connect again: it doubles from the first to the second.
 const RECONNECT: (u32, u32) = (20, 2000);
 
+/// How many notices of a kind (reconnects, streams that have changed) wait to be listened to. Beyond that it is only known that there
+/// were more.
+const NOTICES: usize = 256;
+
 /// A command.
 #[derive(Clone)]
 pub(crate) struct Cmd {
@@ -122,6 +126,7 @@ impl Link {
         connection.unresponsive = UnresponsiveConfig { max_timeout: Some(answer), interval: patience / 4 };
         let mut performance = PerformanceConfig::default();
         (performance.default_command_timeout, performance.max_feed_count) = (answer, 10_000);
+        performance.broadcast_channel_capacity = NOTICES;
         let (least, most) = RECONNECT;
         let policy = ReconnectPolicy::Exponential {
             attempts: 0,

@@ -17,11 +17,12 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::RedisBuilder;
-use crate::channel::{Attachment, Channel};
+use crate::channel::Channel;
 use crate::desk::{Burial, Desk, bury_all};
 use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::fan_out::FanOut;
+use crate::follower::Attachment;
 use crate::groups::{GroupReader, Membership};
 use crate::keeper::{self, Keeper};
 use crate::keys::{Keys, NOBODY};

@@ -319,23 +319,9 @@ fn next_lanes(open: &VecDeque<Open>) -> Vec<Lane> {
 
 /// The ids in the answers to a transaction of so many additions.
 fn ids_of(answers: impl Iterator<Item = Result<Value, Fault>>, count: usize) -> Result<Vec<EntryId>, Fault> {
-    let mut last = Err(Fault::Nonsense("a transaction without an answer"));
-    let mut refused = None;
-    for answer in answers {
-        if let Err(fault) = &answer
-            && !fault.is("EXECABORT")
-        {
-            refused.get_or_insert_with(|| fault.clone());
-        }
-        last = answer;
-    }
-    match (last, refused) {
-        (Ok(Value::Array(answers)), None) if answers.len() >= count => answers[..count].iter().map(reply::id).collect(),
-        // A command that was refused when it was queued says why; the end of the transaction only that there was one.
-        (Err(fault), Some(refused)) if fault.is("EXECABORT") => Err(refused),
-        (Err(fault), _) => Err(fault),
-        (Ok(_), Some(fault)) => Err(Fault::Unknown(fault.to_string())),
-        (Ok(_), None) => Err(Fault::Nonsense("a transaction with another answer")),
+    match reply::executed(answers)? {
+        answers if answers.len() >= count => answers[..count].iter().map(reply::id).collect(),
+        _ => Err(Fault::Nonsense("a transaction with another answer")),
     }
 }
 

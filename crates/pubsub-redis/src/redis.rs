@@ -15,10 +15,10 @@ use pubsub_core::{
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::channel::{Attachment, Follower, FollowerSource};
 use crate::desk::Desk;
 use crate::entry::{Content, Entry, EntryId};
 use crate::errors::Fault;
+use crate::follower::{Attachment, Follower, FollowerSource};
 use crate::groups::{self, MemberSource, Membership};
 use crate::keys::{Keys, NOBODY};
 use crate::leases::RedisLeases;

@@ -331,7 +331,7 @@ impl Desk {
         {
             let mut state = self.state.lock();
             state.progress = Some(now);
-            for Arrival { entry: Entry { id, content }, count } in arrivals {
+            for Arrival { entry: Entry { id, content, .. }, count } in arrivals {
                 match content {
                     Content::Event { event, earlier } => {
                         let attempt = u32::try_from(count).unwrap_or(u32::MAX).saturating_add(earlier);

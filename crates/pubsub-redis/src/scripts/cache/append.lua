@@ -9,6 +9,7 @@ if not next_index then
   if not store then return false end
   -- By the clock, so that no number comes again although all that was known of the log is forgotten.
   number = text(math.max(tonumber(number or -1) + 1, tonumber(time[1])))
+  redis.call('XLEN', log) -- which refuses what is no log of ours
   redis.call('UNLINK', log, ids)
   next_index, floor, known = 0, 0, 0
 else
