@@ -122,6 +122,11 @@ impl RedisBuilder {
         Node::connect(self).await.map(RedisStreamsPubSub::on).map_err(|error| error.during("connect"))
     }
 
+    /// The same at a node of a cluster.
+    pub(crate) fn at(&self, place: &crate::cluster::Place) -> Self {
+        Self { server: self.server.at(place), ..self.clone() }
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         if self.prefix.is_empty() || self.prefix.len() > 255 || self.prefix.chars().any(char::is_control) {
             return Err(Error::invalid_option("prefix", "takes 1 to 255 bytes without control characters"));

@@ -13,7 +13,7 @@ pub(crate) enum Fault {
     Unknown(String),
     /// The credentials were refused.
     Auth(String),
-    /// Whoever answers cannot be trusted, or does not speak TLS.
+    /// Whoever answers cannot be trusted.
     Untrusted(String),
     /// It was not sent: too much waits already.
     Full,
@@ -30,6 +30,18 @@ impl Fault {
     /// Whether the server says that there is no such key.
     pub(crate) fn is_missing_key(&self) -> bool {
         matches!(self, Self::Refused(text) if text.starts_with("ERR no such key"))
+    }
+
+    /// Whether the key is at another node of a cluster, or at none just now; nothing was done.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        ["MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"].iter().any(|code| self.is(code))
+    }
+
+    /// Where a key that has moved is said to be.
+    pub(crate) fn named_place(&self) -> Option<crate::cluster::Place> {
+        let Self::Refused(text) = self else { return None };
+        let (host, port) = text.split(' ').nth(2)?.rsplit_once(':')?;
+        Some((host.to_owned(), port.parse().ok()?))
     }
 
     /// Whether the same command can succeed later without anything being changed.
@@ -62,9 +74,7 @@ impl From<fred::error::Error> for Fault {
             Kind::Config | Kind::Url | Kind::InvalidArgument | Kind::InvalidCommand => Self::Refused(format!("ERR {details}")),
             // The handshake's own errors come as those of the socket.
             Kind::Tls => Self::Untrusted(details.into()),
-            Kind::IO if ["InvalidCertificate", "InvalidContentType"].iter().any(|said| details.contains(said)) => {
-                Self::Untrusted(details.into())
-            }
+            Kind::IO if details.contains("InvalidCertificate") => Self::Untrusted(details.into()),
             Kind::Parse | Kind::Protocol => Self::Nonsense("the answer could not be read"),
             _ => Self::Unknown(error.to_string()),
         }
@@ -80,10 +90,7 @@ fn has_code(details: &str) -> bool {
 fn kind(fault: &Fault) -> ErrorKind {
     match fault {
         Fault::Auth(_) => ErrorKind::Denied,
-        Fault::Untrusted(text) if text.contains("InvalidCertificate") => {
-            ErrorKind::Backend("the server's certificate is not to be trusted".into())
-        }
-        Fault::Untrusted(_) => ErrorKind::Backend("the server does not speak TLS".into()),
+        Fault::Untrusted(_) => ErrorKind::Backend("the server's certificate is not to be trusted".into()),
         Fault::Full => ErrorKind::Full,
         Fault::Unknown(_) => ErrorKind::Unavailable,
         Fault::Nonsense(why) => ErrorKind::Backend((*why).into()),
@@ -146,7 +153,8 @@ mod tests {
             (Kind::Config, "bad port", backend("ERR bad port"), false),
             (Kind::IO, "Connection reset", ErrorKind::Unavailable, true),
             (Kind::IO, "InvalidCertificate(UnknownIssuer)", backend("the server's certificate is not to be trusted"), false),
-            (Kind::IO, "InvalidMessage(InvalidContentType)", backend("the server does not speak TLS"), false),
+            (Kind::Tls, "no name to check", backend("the server's certificate is not to be trusted"), false),
+            (Kind::Cluster, "MOVED 1 h:2", ErrorKind::Unavailable, false),
             (Kind::Canceled, "Canceled.", ErrorKind::Unavailable, true),
             (Kind::Timeout, "Request timed out.", ErrorKind::Unavailable, true),
             (Kind::Unknown, "Too many failed write attempts.", ErrorKind::Unavailable, true),

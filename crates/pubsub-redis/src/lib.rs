@@ -79,6 +79,7 @@ mod builder;
 #[cfg(feature = "cache")]
 mod cache;
 mod channel;
+mod cluster;
 mod desk;
 mod entry;
 mod errors;
@@ -95,10 +96,12 @@ mod page;
 mod pause;
 mod publish;
 mod reader;
+mod readers;
 mod redis;
 mod reply;
 mod server;
 mod settle;
+mod told;
 mod tracking;
 mod window;
 

@@ -55,10 +55,10 @@ struct Job {
 pub(crate) struct Writer(mpsc::Sender<Job>);
 
 impl Writer {
-    pub(crate) fn start(link: Arc<Link>, id: i64, options: &RedisBuilder) -> Self {
+    pub(crate) fn start(link: Arc<Link>, options: &RedisBuilder) -> Self {
         let (sender, jobs) = mpsc::channel(WAITING_CALLS);
         let publisher = format!("{:016x}", fastrand::u64(..));
-        let task = Task { link, id, publisher, next: 0, retention: Retention::new(options), patience: options.publish_timeout };
+        let task = Task { link, publisher, next: 0, retention: Retention::new(options), patience: options.publish_timeout };
         tokio::spawn(task.run(jobs));
         Self(sender)
     }
@@ -133,10 +133,11 @@ pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// The connection that something was written on, and what the server called it, if that is known.
+type OldConnection = (Arc<Link>, Option<i64>);
+
 struct Task {
     link: Arc<Link>,
-    /// What the server calls the connection that pipelines are sent on.
-    id: i64,
     publisher: String,
     /// The number of the next event.
     next: u64,
@@ -217,32 +218,57 @@ impl Task {
         if lanes.is_empty() {
             return Vec::new();
         }
-        if self.link.reconnected()
-            && let Ok(id) = self.link.id().await
-        {
-            self.id = id;
+        let sent = Instant::now();
+        // By connection: one, but in a cluster.
+        let mut ways: Vec<(Arc<Link>, Vec<usize>)> = Vec::new();
+        let mut outcomes: Vec<Result<Vec<EntryId>, Fault>> = Vec::with_capacity(lanes.len());
+        let mut old: Vec<Option<OldConnection>> = Vec::with_capacity(lanes.len());
+        for (at, lane) in lanes.iter().enumerate() {
+            old.push(None);
+            outcomes.push(Err(Fault::Nonsense("a transaction without an answer")));
+            match self.link.beside(&lane.stream).await {
+                Ok(link) => match ways.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &link)) {
+                    Some((_, of_way)) => of_way.push(at),
+                    None => ways.push((link, vec![at])),
+                },
+                Err(fault) => outcomes[at] = Err(fault),
+            }
         }
-        let (mut commands, mut counts) = (Vec::new(), Vec::with_capacity(lanes.len()));
+        let sending = ways.iter().map(|(link, of_way)| self.send(link, of_way.iter().map(|at| &lanes[*at])));
+        for ((link, of_way), (id, answers)) in ways.iter().zip(futures::future::join_all(sending).await) {
+            for (at, outcome) in of_way.iter().zip(answers) {
+                outcomes[*at] = outcome;
+                old[*at] = Some((link.clone(), id));
+            }
+        }
+        for ((lane, outcome), old) in lanes.iter().zip(&mut outcomes).zip(&mut old) {
+            let moved = |fault: &Fault| fault.is_elsewhere() && self.link.cluster().is_some();
+            if matches!(outcome, Err(fault) if fault.is_unknown() || moved(fault)) {
+                *outcome = self.add_missing(lane, sent, old).await;
+            }
+        }
+        outcomes
+    }
+
+    /// Sends lanes in one pipeline, and returns on which connection that was and what came of each.
+    async fn send<'a>(
+        &self,
+        link: &Link,
+        lanes: impl Iterator<Item = &'a Lane>,
+    ) -> (Option<i64>, Vec<Result<Vec<EntryId>, Fault>>) {
+        let id = link.known_id().await;
+        let (mut commands, mut counts) = (Vec::new(), Vec::new());
         for lane in lanes {
             let before = commands.len();
             commands.push(Cmd::new("MULTI").beside(&lane.stream));
             commands.extend(lane.events.iter().map(|(number, event)| self.add(&lane.stream, *number, event)));
             commands.extend(self.retention.upkeep(&lane.stream));
             commands.push(Cmd::new("EXEC").beside(&lane.stream));
-            counts.push(commands.len() - before);
+            counts.push((commands.len() - before, lane.events.len()));
         }
-        let sent = Instant::now();
-        let mut answers = self.link.pipeline(commands).await.into_iter();
-        let mut outcomes = Vec::with_capacity(lanes.len());
-        for (lane, count) in lanes.iter().zip(counts) {
-            outcomes.push(ids_of(answers.by_ref().take(count), lane.events.len()));
-        }
-        for (lane, outcome) in lanes.iter().zip(&mut outcomes) {
-            if matches!(outcome, Err(fault) if fault.is_unknown()) {
-                *outcome = self.add_missing(lane, sent).await;
-            }
-        }
-        outcomes
+        let mut answers = link.pipeline(commands).await.into_iter();
+        let of_lane = |(count, events)| ids_of(answers.by_ref().take(count), events);
+        (id, counts.into_iter().map(of_lane).collect())
     }
 
     fn add(&self, stream: &str, number: u64, event: &Bytes) -> Cmd {
@@ -251,10 +277,10 @@ impl Task {
     }
 
     /// Finds out what became of a lane, and adds what is missing, for as long as there is patience.
-    async fn add_missing(&mut self, lane: &Lane, sent: Instant) -> Result<Vec<EntryId>, Fault> {
+    async fn add_missing(&self, lane: &Lane, sent: Instant, old: &mut Option<OldConnection>) -> Result<Vec<EntryId>, Fault> {
         let (until, mut pause) = (sent + self.patience, Pause::new());
         loop {
-            let fault = match self.try_add_missing(lane, sent).await {
+            let fault = match self.try_add_missing(lane, sent, old).await {
                 Ok(ids) => return Ok(ids),
                 // Said of this attempt: what became of the first is as unknown as before.
                 Err(fault) => Fault::Unknown(fault.to_string()),
@@ -267,12 +293,21 @@ impl Task {
         }
     }
 
-    async fn try_add_missing(&mut self, lane: &Lane, sent: Instant) -> Result<Vec<EntryId>, Fault> {
-        let id = self.link.id().await?;
-        if id != self.id {
-            // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
-            let _ = self.link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
-            self.id = id;
+    async fn try_add_missing(
+        &self,
+        lane: &Lane,
+        sent: Instant,
+        old: &mut Option<OldConnection>,
+    ) -> Result<Vec<EntryId>, Fault> {
+        let link = self.link.beside(&lane.stream).await?;
+        if let Some((written_on, Some(written_as))) = old {
+            // A node that has handed its slots on is gone, or carries nothing out for them any more.
+            let is_same = Arc::ptr_eq(written_on, &link);
+            if is_same && link.id().await? != *written_as {
+                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
+                let _ = link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(*written_as)).await;
+            }
+            *old = None;
         }
         let ago = millis(sent.elapsed() + CLOCK_SLACK);
         let call = ADD_MISSING.call(&[&lane.stream]).arg(self.publisher.as_str()).number(ago);

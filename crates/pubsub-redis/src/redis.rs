@@ -22,7 +22,7 @@ use crate::follower::{Attachment, Follower, FollowerSource};
 use crate::groups::{self, MemberSource, Membership};
 use crate::keys::{Keys, NOBODY};
 use crate::leases::RedisLeases;
-use crate::link::{Cmd, Script};
+use crate::link::{Cmd, Script, slot_of};
 use crate::look::look;
 use crate::node::{INSTANCE, Node, queue};
 use crate::publish::{Failed, millis};
@@ -129,17 +129,18 @@ impl RedisStreamsPubSub {
             let attachment = Attachment::new(follower.clone(), channel.clone(), node.clone());
             attached.add_follower(&attachment);
             let live = channel.follow(&follower, at, &looked);
-            node.reader().enter(node);
+            node.readers().enter(channel, node);
             (attachment, inner.into_source(), channel.clone(), follower, live)
         })?;
         let source = FollowerSource { inner: source, attachment: attachment.clone() };
         if live {
-            node.reader().want(&channel);
+            node.readers().want(&channel, node);
         } else {
             channel.catch_up(follower, node);
         }
         // Dropped here, or failing, it is detached with its source.
-        self.unless_closed(node.reader().door.opened(Instant::now() + node.options().command_timeout)).await??;
+        let until = Instant::now() + node.options().command_timeout;
+        self.unless_closed(node.readers().opened(&channel, node, until)).await??;
         Ok(Subscription::new(topic.clone(), options, Box::new(source), attachment))
     }
 
@@ -156,7 +157,8 @@ impl RedisStreamsPubSub {
         let (membership, source) = node.attach(topic, |attached, channel| {
             let desk = attached.desk(topic, group).unwrap_or_else(|| {
                 let place = Arc::new(Place { stream: channel.stream.clone(), group: group.clone() });
-                let reader = attached.reader(group);
+                let slot = node.link().cluster().map(|_| slot_of(&channel.stream));
+                let reader = attached.reader(group, slot);
                 let desk = Desk::new(node.clone(), channel.clone(), place, queue(node, topic, Some(group)), reader);
                 channel.add_local(desk.local());
                 attached.add_desk(&desk);

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use fred::types::config::{Config, Server, ServerConfig};
 use pubsub_core::{Error, Result};
 
-/// Where to connect to and who to be there: one server by host and port or by its socket, or one that sentinels watch. Its `Debug`
+use crate::cluster::Place;
+
+/// Where to connect to and who to be there: one server by host and port or by its socket, or one that sentinels watch, or a
+/// cluster. Its `Debug`
 /// shows no credentials.
 #[derive(Clone)]
 pub struct RedisServer(Config);
@@ -31,13 +34,18 @@ impl RedisServer {
         Self::of(ServerConfig::Sentinel { hosts, service_name: service.into(), username: None, password: None })
     }
 
+    /// The cluster of which the nodes at these hosts and ports are some: the others are found by asking. It has no numbered databases.
+    pub fn cluster(nodes: impl IntoIterator<Item = (String, u16)>) -> Self {
+        Self::of(ServerConfig::new_clustered(nodes.into_iter().collect()))
+    }
+
     fn of(server: ServerConfig) -> Self {
         Self(Config { server, ..Config::default() })
     }
 
     /// What a URL names: `redis://[user:password@]host[:port][/database]`,
-    /// `redis-sentinel://[user:password@]host[:port][/database]?sentinelServiceName=SERVICE[&node=host:port...]` or
-    /// `redis+unix:///path/to/socket`; `rediss:` and `rediss-sentinel:` for TLS, with the cargo feature `tls`. These are fred's forms.
+    /// `redis-sentinel://[user:password@]host[:port][/database]?sentinelServiceName=SERVICE[&node=host:port...]`,
+    /// `redis-cluster://[user:password@]host[:port][?node=host:port...]` or `redis+unix:///path/to/socket`; with `rediss` for TLS, with the cargo feature `tls`. These are fred's forms.
     ///
     /// # Errors
     /// `InvalidOption`, which does not quote the URL: it may hold a password.
@@ -136,6 +144,17 @@ impl RedisServer {
         let config = config.with_root_certificates(roots).with_no_client_auth();
         self.0.tls = Some(fred::types::config::TlsConnector::from(config).into());
         Ok(self)
+    }
+
+    /// The nodes that were named, if it is a cluster.
+    pub(crate) fn nodes(&self) -> Option<Vec<Place>> {
+        let nodes = || self.0.server.hosts().into_iter().map(|node| (node.host.to_string(), node.port)).collect();
+        self.0.server.is_clustered().then(nodes)
+    }
+
+    /// One of the nodes, as a server of its own.
+    pub(crate) fn at(&self, (host, port): &Place) -> Self {
+        Self(Config { server: ServerConfig::new_centralized(host.as_str(), *port), ..self.0.clone() })
     }
 
     pub(crate) fn config(&self) -> &Config {

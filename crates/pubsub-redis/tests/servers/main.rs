@@ -2,11 +2,12 @@
 //! with sentinels that fail over, encrypted. Without a server installed every test is shown as ignored, and fails where
 //! `PUBSUB_REQUIRE` names redis. `PUBSUB_SEED=n` repeats what chance decides, as a failure tells it.
 
+mod cluster;
 mod encrypted;
 mod processes;
 mod proxy;
+mod quiet;
 mod sentinel;
-#[expect(dead_code)] // the harness of the conformance suite uses more of it
 #[path = "../../../../conformance/src/harnesses/redis/server.rs"]
 mod server;
 mod store;
@@ -42,8 +43,13 @@ fn main() -> ExitCode {
             processes::killed_and_paused().boxed()
         }),
         ("sentinel: a fail-over under load loses nothing that a replica has", || sentinel::failed_over().boxed()),
+        ("cluster: everything, on topics of all nodes", || cluster::everything().boxed()),
+        ("cluster: slots move under load, and nothing is lost or doubled", || cluster::slots_move().boxed()),
+        ("cluster: a master dies, and its replica goes on", || cluster::master_dies().boxed()),
         ("tls: encrypted, with the right certificates only", || encrypted::trusted().boxed()),
         ("unix: by the server's socket", || encrypted::by_socket().boxed()),
+        ("logs: what operators need is told, in measure, and without credentials", || quiet::told().boxed()),
+        ("inspection: retained, waiting, held, oldest and members", || quiet::inspected().boxed()),
     ];
     let arguments = Arguments::from_args();
     let required = std::env::var("PUBSUB_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name.trim() == "redis"));
