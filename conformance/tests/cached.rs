@@ -6,16 +6,13 @@ use std::sync::Arc;
 
 use pubsub_conformance::Harness;
 use pubsub_conformance::harnesses::{
-    CachedHarness, EmitterHarness, RedisHarness, SlowRemoteHarness, UnixHarness, cached_on_redis, is_other_unix_process,
-    other_unix_process, redis,
+    CachedHarness, EmitterHarness, RedisHarness, SlowRemoteHarness, UnixHarness, cached_on_redis, is_other_process,
+    other_process,
 };
 
 fn main() -> ExitCode {
-    if redis::is_other_process() {
-        return redis::other_process();
-    }
-    if is_other_unix_process() {
-        return other_unix_process();
+    if is_other_process() {
+        return other_process();
     }
     let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
     let over = |inner: Arc<dyn Harness>| Arc::new(CachedHarness::over(inner)) as Arc<dyn Harness>;

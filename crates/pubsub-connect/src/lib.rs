@@ -19,7 +19,8 @@
 //! | `redis://[user:password@]host[:port][/database]` | over a Redis server, 7.0 or later | `redis` |
 //! | `redis+unix:PATH` | the same, by the server's socket | `redis` |
 //! | `redis-sentinel://[user:password@]host[:port][/database]?service=NAME` | over the master that sentinels name, through fail-overs | `redis` |
-//! | `rediss://...`, `rediss-sentinel://...` | the same, encrypted | `rediss` |
+//! | `redis-cluster://[user:password@]host[:port]` | over a cluster that this node is one of | `redis` |
+//! | `rediss://...`, `rediss-sentinel://...`, `rediss-cluster://...` | the same, encrypted | `rediss` |
 //!
 //! Backends of your own join by a [`Registry`].
 //!
@@ -29,8 +30,8 @@
 //! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`; `unix:` takes
 //! `publish_timeout`, `max_payload`, `max_events`, `max_bytes`, `grace`, `hang_timeout`, `max_peer_bytes` and `sync`; those of Redis
 //! take `prefix`, `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`,
-//! `command_timeout`, `reclaim_after` and `linger`; `redis+unix:` also `database`; those of sentinels also `nodes` (further ones, as
-//! `host:port`, separated by commas), `sentinel_username` and `sentinel_password`; encrypted ones `ca`, a file of the certificates to
+//! `command_timeout`, `reclaim_after` and `linger`; `redis+unix:` also `database`; those of sentinels and clusters also `nodes`
+//! (further ones, as `host:port`, separated by commas), those of sentinels `sentinel_username` and `sentinel_password`; encrypted ones `ca`, a file of the certificates to
 //! trust instead of the system's. Every URL takes
 //!
 //! - `replay=memory` or `replay=URL`, with the cargo feature `replay`: the bus keeps its events in a store, numbers them, and replays

@@ -1,4 +1,5 @@
-//! Redis: `redis://host`, `redis+unix:PATH`, `redis-sentinel://host?service=NAME`, and with TLS; as a bus and as a store.
+//! Redis: `redis://host`, `redis+unix:PATH`, `redis-sentinel://host?service=NAME`, `redis-cluster://host`, and with TLS; as a bus and as
+//! a store.
 
 use std::future::Future;
 #[cfg(feature = "replay")]
@@ -17,9 +18,9 @@ const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
 /// The schemes, and whether each is encrypted.
-pub(crate) const PLAIN: &[&str] = &["redis", "redis+unix", "redis-sentinel"];
+pub(crate) const PLAIN: &[&str] = &["redis", "redis+unix", "redis-sentinel", "redis-cluster"];
 #[cfg(feature = "rediss")]
-pub(crate) const ENCRYPTED: &[&str] = &["rediss", "rediss-sentinel"];
+pub(crate) const ENCRYPTED: &[&str] = &["rediss", "rediss-sentinel", "rediss-cluster"];
 
 pub(crate) fn redis(url: &mut BusUrl) -> Result<impl Future<Output = Result<Bus>> + use<>> {
     let mut builder = RedisStreamsPubSub::builder_on(server(url)?);
@@ -99,6 +100,7 @@ fn server(url: &mut BusUrl) -> Result<RedisServer> {
     let mut server = match scheme.as_str() {
         "redis+unix" => by_socket(url)?,
         "redis-sentinel" | "rediss-sentinel" => by_sentinels(url)?,
+        "redis-cluster" | "rediss-cluster" => by_nodes(url)?,
         _ => by_host(url)?,
     };
     if let Some(authority) = url.authority() {
@@ -161,6 +163,14 @@ fn by_sentinels(url: &mut BusUrl) -> Result<RedisServer> {
     let (username, password) =
         (url.text("sentinel_username").map(str::to_owned), url.text("sentinel_password").map(str::to_owned));
     in_database(url, RedisServer::sentinel(service, nodes).sentinel_credentials(username, password), FORM)
+}
+
+fn by_nodes(url: &mut BusUrl) -> Result<RedisServer> {
+    const FORM: &str = "redis-cluster://[user:password@]host[:port]";
+    if !url.path().trim_start_matches('/').is_empty() {
+        return Err(bad(FORM)); // there are no databases
+    }
+    Ok(RedisServer::cluster(nodes(url, PORT, FORM)?))
 }
 
 /// The host of the URL, and what `nodes` adds: `host:port`, separated by commas.

@@ -25,8 +25,10 @@ const BACKENDS: &[(&str, Option<&str>)] = &[
     ("redis", Some("redis")),
     ("redis+unix", Some("redis")),
     ("redis-sentinel", Some("redis")),
+    ("redis-cluster", Some("redis")),
     ("rediss", Some("rediss")),
     ("rediss-sentinel", Some("rediss")),
+    ("rediss-cluster", Some("rediss")),
     ("gcp", None),
 ];
 

@@ -308,6 +308,9 @@ async fn what_is_wrong_with_a_redis_url_is_named() {
         ("redis-sentinel://h/x?service=s", "url"),
         ("redis-sentinel://h?service=s&nodes=a,b:c", "nodes"),
         ("redis-sentinel://h?service=s&sentinel_user=a", "sentinel_user"),
+        ("redis-cluster:", "url"),
+        ("redis-cluster://h/1", "url"),
+        ("redis-cluster://h?nodes=:x", "nodes"),
         #[cfg(feature = "rediss")]
         ("rediss://h?ca=/nowhere", "ca"),
         #[cfg(feature = "rediss")]

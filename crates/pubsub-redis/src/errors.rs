@@ -73,6 +73,7 @@ impl From<fred::error::Error> for Fault {
             }
             Kind::Config | Kind::Url | Kind::InvalidArgument | Kind::InvalidCommand => Self::Refused(format!("ERR {details}")),
             // The handshake's own errors come as those of the socket.
+            #[cfg(feature = "tls")]
             Kind::Tls => Self::Untrusted(details.into()),
             Kind::IO if details.contains("InvalidCertificate") => Self::Untrusted(details.into()),
             Kind::Parse | Kind::Protocol => Self::Nonsense("the answer could not be read"),
@@ -153,6 +154,7 @@ mod tests {
             (Kind::Config, "bad port", backend("ERR bad port"), false),
             (Kind::IO, "Connection reset", ErrorKind::Unavailable, true),
             (Kind::IO, "InvalidCertificate(UnknownIssuer)", backend("the server's certificate is not to be trusted"), false),
+            #[cfg(feature = "tls")]
             (Kind::Tls, "no name to check", backend("the server's certificate is not to be trusted"), false),
             (Kind::Cluster, "MOVED 1 h:2", ErrorKind::Unavailable, false),
             (Kind::Canceled, "Canceled.", ErrorKind::Unavailable, true),

@@ -1,6 +1,6 @@
 //! The bus over Redis Streams as a harness, on a real server: `redis`.
 
-mod process;
+mod cluster;
 mod proxy;
 mod server;
 mod store;
@@ -17,10 +17,11 @@ use pubsub_core::{
 };
 use pubsub_redis::{RedisBuilder, RedisStreamsPubSub};
 
-pub use self::process::{is_other_process, other_process};
+pub use self::cluster::RedisClusterHarness;
 use self::proxy::Proxy;
 use self::server::{Answer, Server};
 pub use self::store::RedisStoreHarness;
+use super::process;
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
 
 /// After how long what a silent member held goes to others.
@@ -50,6 +51,12 @@ fn failed(error: io::Error) -> Error {
 fn builder(url: &str, prefix: &str) -> Result<RedisBuilder> {
     let builder = RedisStreamsPubSub::from_url(url)?.prefix(prefix).reclaim_after(RECLAIM).linger(Duration::from_millis(50));
     Ok(builder.command_timeout(Duration::from_secs(4)).publish_timeout(Duration::from_secs(6)))
+}
+
+/// An instance in another process, by the URL and the prefix of its bus.
+pub(super) async fn connect(place: &str) -> Result<Arc<dyn PubSub>> {
+    let (url, prefix) = place.split_once(' ').unwrap_or_default();
+    Ok(Arc::new(builder(url, prefix)?.connect().await?))
 }
 
 impl RedisHarness {
@@ -201,6 +208,6 @@ impl Raw for RedisHarness {
 #[async_trait]
 impl Processes for RedisHarness {
     async fn start(&self, job: Job) -> Result<Box<dyn Process>> {
-        process::start(self.url()?, self.prefix(), &job).await
+        process::start("redis", &format!("{} {}", self.url()?, self.prefix()), &job).await
     }
 }

@@ -58,6 +58,45 @@ impl Server {
         Ok(server)
     }
 
+    /// A node for a cluster, which belongs to none yet. In its directory is which port it talks to other nodes on.
+    pub(super) fn start_node() -> io::Result<Self> {
+        Self::start_with(|directory, _| {
+            let bus = free_port()?.to_string();
+            std::fs::write(directory.join("bus-port"), &bus)?;
+            let words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &bus];
+            Ok(words.into_iter().chain(["--repl-diskless-sync-delay", "0"]).map(str::to_owned).collect())
+        })
+    }
+
+    /// A cluster of so many masters, which share the slots evenly.
+    pub(super) fn start_cluster(masters: usize) -> io::Result<Vec<Self>> {
+        let nodes = (0..masters).map(|_| Self::start_node()).collect::<io::Result<Vec<_>>>()?;
+        for (number, node) in nodes.iter().enumerate() {
+            let (from, to) = (16384 * number / masters, 16384 * (number + 1) / masters - 1);
+            node.ask(&["CLUSTER", "SET-CONFIG-EPOCH", &(number + 1).to_string()])?;
+            node.ask(&["CLUSTER", "ADDSLOTSRANGE", &from.to_string(), &to.to_string()])?;
+            node.meet(&nodes[0])?;
+        }
+        let until = Instant::now() + PATIENCE;
+        let is_whole = |node: &Self| -> io::Result<bool> {
+            let (info, known) = (node.ask(&["CLUSTER", "INFO"])?, node.ask(&["CLUSTER", "SLOTS"])?);
+            Ok(info.text().contains("cluster_state:ok") && known.list().len() == masters)
+        };
+        while !nodes.iter().map(is_whole).collect::<io::Result<Vec<_>>>()?.into_iter().all(|is_whole| is_whole) {
+            if Instant::now() > until {
+                return Err(io::Error::other("the nodes do not make a cluster"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(nodes)
+    }
+
+    /// Makes it known to another node.
+    pub(super) fn meet(&self, other: &Self) -> io::Result<()> {
+        let (port, bus) = (other.address.port().to_string(), std::fs::read_to_string(other.directory.join("bus-port"))?);
+        self.ask(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).map(drop)
+    }
+
     /// Starts it over what its directory holds.
     pub(super) fn spawn(&self) -> io::Result<()> {
         // The shell ends the server when this process is gone, however that comes: then nobody holds the other end of its input.

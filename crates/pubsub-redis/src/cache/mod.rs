@@ -292,14 +292,11 @@ impl ServerCache for RedisServerCache {
     }
 
     async fn range(&self, key: &str, from: u64, limit: usize) -> Result<Vec<Bytes>> {
-        let last = from.saturating_add(limit as u64).min(i64::MAX as u64);
-        let command = Cmd::new("LRANGE").key(&self.keys.value(key)).number(from);
-        // It names the last one, so that an empty range has to be one that lies behind every list.
-        let command = if limit == 0 { command.arg(i64::MAX) } else { command.number(last - 1) };
+        // The last one is named, so that an empty range has to be one behind every list.
+        let from = if limit == 0 { u64::MAX } else { from };
+        let last = from.saturating_add((limit as u64).saturating_sub(1));
+        let command = Cmd::new("LRANGE").key(&self.keys.value(key)).number(from).number(last);
         let values = self.about("range", key, "holds a value", command).await?;
-        if limit == 0 {
-            return Ok(Vec::new());
-        }
         Ok(reply::array(values)?.into_iter().map(reply::bytes).collect::<Result<_, _>>()?)
     }
 

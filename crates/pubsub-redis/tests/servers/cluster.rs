@@ -11,7 +11,7 @@ use pubsub_core::{Acquired, Bus, Event, Group, Origin, RetryPolicy, Settled, Sta
 use pubsub_redis::{RedisServer, RedisServerCache};
 use tokio::time::sleep;
 
-use crate::server::{Answer, Server, free_port};
+use crate::server::{Answer, Server};
 use crate::storm::Handled;
 use crate::support::{PATIENCE, configured, group, next, topic, until};
 
@@ -22,42 +22,12 @@ pub(crate) struct Cluster {
     nodes: Vec<Server>,
 }
 
-fn bus_port(server: &Server) -> String {
-    std::fs::read_to_string(server.directory.join("bus-port")).unwrap()
-}
-
 impl Cluster {
     pub(crate) async fn start() -> Self {
-        let node = |_| {
-            Server::start_with(|directory, _| {
-                let bus = free_port()?.to_string();
-                std::fs::write(directory.join("bus-port"), &bus)?;
-                let words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &bus];
-                let words = words.into_iter().chain(["--repl-diskless-sync-delay", "0"]).map(str::to_owned);
-                Ok(words.collect())
-            })
-            .unwrap()
-        };
-        let cluster = Self { nodes: (0..=MASTERS).map(node).collect() };
-        let first = &cluster.nodes[0];
-        for (number, node) in cluster.nodes.iter().enumerate() {
-            node.ask(&["CLUSTER", "SET-CONFIG-EPOCH", &(number + 1).to_string()]).unwrap();
-            if number < MASTERS {
-                let (from, to) = (16384 * number / MASTERS, 16384 * (number + 1) / MASTERS - 1);
-                node.ask(&["CLUSTER", "ADDSLOTSRANGE", &from.to_string(), &to.to_string()]).unwrap();
-            }
-            if number > 0 {
-                let port = first.address.port().to_string();
-                node.ask(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus_port(first)]).unwrap();
-            }
-        }
-        until("all know each other", || async {
-            cluster.nodes.iter().all(|node| {
-                let known = node.ask(&["CLUSTER", "NODES"]).unwrap();
-                known.text().lines().filter(|line| !line.contains("handshake")).count() == MASTERS + 1
-            })
-        })
-        .await;
+        let mut nodes = Server::start_cluster(MASTERS).unwrap();
+        nodes.push(Server::start_node().unwrap());
+        nodes[MASTERS].meet(&nodes[0]).unwrap();
+        let cluster = Self { nodes };
         let of_first = cluster.id(0);
         until("the replica is one", || async { cluster.nodes[MASTERS].ask(&["CLUSTER", "REPLICATE", &of_first]).is_ok() })
             .await;
