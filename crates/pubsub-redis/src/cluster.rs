@@ -218,7 +218,7 @@ fn owner_of(range: Value, asked: &str) -> Result<(u16, u16, Place), Fault> {
     };
     let (first, last) = (slot()?, slot()?);
     let mut node = reply::array(range.next().unwrap_or(Value::Null))?.into_iter();
-    let host = node.next().and_then(|host| host.into_string()).filter(|host| !host.is_empty() && host != "?");
+    let host = node.next().and_then(Value::into_string).filter(|host| !host.is_empty() && host != "?");
     let port = node.next().as_ref().and_then(Value::as_u64).and_then(|port| u16::try_from(port).ok());
     let port = port.ok_or(Fault::Nonsense("a node without a port"))?;
     Ok((first, last, (host.unwrap_or_else(|| asked.to_owned()), port)))

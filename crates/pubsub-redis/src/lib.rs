@@ -63,7 +63,7 @@
 //! has members of, which reads all its topics. A blocking read over `n` topics costs the server time in proportion to `n` for each
 //! wake: some hundred topics per instance are nothing, ten thousand are 13 ms a wake.
 //!
-//! In a cluster it is a connection to write for each master, one for fan-out for each master that has topics of it, and for groups one for
+//! In a cluster it is a connection to write for each master, one for what has no key, one for fan-out for each master that has topics of it, and for groups one for
 //! each name and slot, since one read cannot be of several slots: topics that share a hash tag, `{orders}.placed` and `{orders}.paid`,
 //! share a slot. Fan-out there needs `CLIENT TRACKING`; without the right to it everything is read twenty times a second. A key
 //! whose slot is on its way is followed by what writes; what reads waits until the slot has arrived.

@@ -273,7 +273,7 @@ impl Link {
     /// Says goodbye, within this time.
     pub(crate) async fn close(&self, within: Duration) {
         let of_nodes = self.cluster.as_ref().map(Cluster::links).unwrap_or_default();
-        let all = of_nodes.iter().map(|link| &link.client).chain([&self.client]).map(|client| client.quit());
+        let all = of_nodes.iter().map(|link| &link.client).chain([&self.client]).map(ClientLike::quit);
         let _ = tokio::time::timeout(within, futures::future::join_all(all)).await;
         self.task.abort();
     }

@@ -43,6 +43,9 @@ fn main() -> ExitCode {
             processes::killed_and_paused().boxed()
         }),
         ("sentinel: a fail-over under load loses nothing that a replica has", || sentinel::failed_over().boxed()),
+        ("sentinel: a master that stood still comes back as a replica, and nothing is lost but what it had alone", || {
+            sentinel::woken_up().boxed()
+        }),
         ("cluster: everything, on topics of all nodes", || cluster::everything().boxed()),
         ("cluster: slots move under load, and nothing is lost or doubled", || cluster::slots_move().boxed()),
         ("cluster: a master dies, and its replica goes on", || cluster::master_dies().boxed()),
