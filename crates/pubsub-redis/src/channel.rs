@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use pubsub_core::machinery::{self, Aftermath, DeliveryQueue};
 use pubsub_core::{Error, Event, Result, Scope, Topic, dead_letter};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::entry::{Content, Entry, EntryId};
 use crate::errors::Fault;
@@ -27,6 +28,9 @@ use crate::window::{Item, Read, Window};
 
 /// The most entries that are read at a time.
 pub(crate) const PAGE: usize = 250;
+
+/// How long the reader waits for who would fall out of the window, once, before it reads on without them.
+pub(crate) const GRACE: Duration = Duration::from_millis(5);
 
 /// How often a drain looks whether more was published meanwhile.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -50,6 +54,8 @@ struct State {
     behind: bool,
     /// The reader was told that there is enough for now.
     paused: bool,
+    /// Until when it waits for who would fall out of the window.
+    waits_until: Option<Instant>,
     followers: Vec<Following>,
     /// The local queues of groups.
     locals: Vec<Arc<DeliveryQueue>>,
@@ -63,6 +69,18 @@ struct Following {
     index: Option<u64>,
     /// The place in the window of what it takes next; none while it follows by itself.
     next: Option<u64>,
+}
+
+/// What a topic wants of the reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Read(Want),
+    /// To be asked again in [`GRACE`], or when somebody has taken something; and whether this is the first to say so.
+    Later {
+        first: bool,
+    },
+    /// Nothing, until somebody takes something.
+    Nothing,
 }
 
 /// What is to be read of a topic.
@@ -79,14 +97,14 @@ impl Channel {
         Arc::new(Self { topic, stream, scope, state, moved, warned })
     }
 
-    /// What the reader is to read, if anybody takes it.
-    pub(crate) fn wanted(&self) -> Option<Want> {
+    /// What the reader is to read.
+    pub(crate) fn wanted(&self) -> Wish {
         let mut state = self.state.lock();
-        let wanted = state.is_wanted();
-        if !wanted {
+        let wish = state.wish();
+        if !matches!(wish, Wish::Read(_)) {
             (state.paused, state.behind) = (true, true);
         }
-        wanted.then(|| Want { from: state.window.at(), careful: state.behind })
+        wish
     }
 
     /// Something may have been missed: it is to be read with care.
@@ -220,7 +238,7 @@ impl Channel {
             let Some(place) = state.place(follower) else { return false };
             let State { window, followers, .. } = &mut *state;
             let given = followers[place].take(window, &mut aftermath, &mut malformed);
-            let wanted = given && state.paused && state.is_wanted();
+            let wanted = given && state.paused && state.has_appetite();
             state.paused &= !wanted;
             (given, wanted)
         };
@@ -230,7 +248,7 @@ impl Channel {
             self.pass_over(malformed, node);
         }
         if wanted {
-            node.readers().want(self, node);
+            node.readers().resume(self, node);
         }
         given
     }
@@ -342,7 +360,7 @@ impl Channel {
                 continue;
             };
             let Some(newest) = newest.first().map(|entry| entry.id) else { return };
-            let until = tokio::time::Instant::now() + LOOK_AGAIN;
+            let until = Instant::now() + LOOK_AGAIN;
             loop {
                 let moved = self.moved.notified();
                 {
@@ -366,11 +384,34 @@ impl State {
         self.followers.iter().any(|following| following.next.is_some())
     }
 
-    /// Whether the reader is to read on: somebody who goes with it has little left.
-    fn is_wanted(&self) -> bool {
-        // The one that is furthest decides: who is slow slows only itself.
+    /// Whether somebody who goes with the reader has little left.
+    fn has_appetite(&self) -> bool {
         let furthest = self.followers.iter().filter_map(|following| following.next).max();
         furthest.is_some_and(|next| !self.window.is_enough(next))
+    }
+
+    /// Whether the reader is to read on: somebody who goes with it has little left, and nobody falls out of the window for it, or was
+    /// waited for already.
+    fn wish(&mut self) -> Wish {
+        if !self.has_appetite() {
+            return Wish::Nothing;
+        }
+        let want = Wish::Read(Want { from: self.window.at(), careful: self.behind });
+        let last = self.followers.iter().filter_map(|following| following.next).min().unwrap_or(self.window.end());
+        if !self.window.is_tight(last, PAGE) {
+            self.waits_until = None;
+            return want;
+        }
+        // Who is slow slows only itself: the others wait once, and not for long.
+        let now = Instant::now();
+        match self.waits_until {
+            Some(until) if until <= now => want,
+            Some(_) => Wish::Later { first: false },
+            None => {
+                self.waits_until = Some(now + GRACE);
+                Wish::Later { first: true }
+            }
+        }
     }
 
     /// Lets a follower go with the reader, whose window it has reached.

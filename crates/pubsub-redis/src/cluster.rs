@@ -94,6 +94,7 @@ impl Cluster {
         let open = || async { Link::open(&self.options.at(place), Duration::ZERO).await.map(Arc::new) };
         let link = cell.get_or_try_init(open).await.inspect_err(|_| self.doubt())?;
         if link.client().is_connected() {
+            Box::pin(link.end_previous()).await?;
             return Ok(link.clone());
         }
         self.doubt();

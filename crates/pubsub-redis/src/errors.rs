@@ -99,6 +99,8 @@ fn kind(fault: &Fault) -> ErrorKind {
             "NOPERM" => ErrorKind::Denied,
             "LOADING" | "BUSY" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "READONLY" | "NOREPLICAS" | "MISCONF" | "OOM"
             | "MOVED" | "ASK" | "UNBLOCKED" | "NOGROUP" | "NOSCRIPT" => ErrorKind::Unavailable,
+            // What a script may not do has no code of its own.
+            "ERR" if text.starts_with("ERR The user executing the script") => ErrorKind::Denied,
             "WRONGTYPE" => ErrorKind::Backend("the key of the topic holds something else than a stream".into()),
             _ => ErrorKind::Backend(text.clone().into()),
         },
@@ -145,6 +147,7 @@ mod tests {
             (Kind::Auth, "WRONGPASS invalid username-password pair", ErrorKind::Denied, false),
             (Kind::Unknown, "NOAUTH Authentication required.", ErrorKind::Denied, false),
             (Kind::Unknown, "NOPERM this user has no permissions", ErrorKind::Denied, false),
+            (Kind::Unknown, "ERR The user executing the script can't run this command", ErrorKind::Denied, false),
             (Kind::Unknown, "LOADING Redis is loading", ErrorKind::Unavailable, false),
             (Kind::Unknown, "OOM command not allowed", ErrorKind::Unavailable, false),
             (Kind::Unknown, "UNBLOCKED the stream key no longer exists", ErrorKind::Unavailable, false),

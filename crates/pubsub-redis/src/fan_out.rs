@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::channel::{Channel, PAGE, Want};
+use crate::channel::{Channel, GRACE, PAGE, Want, Wish};
 use crate::cluster::Place;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link};
@@ -103,9 +103,26 @@ impl FanOut {
         }
     }
 
+    /// Somebody has taken something of a topic that had enough.
+    pub(crate) fn resume(&self, channel: &Arc<Channel>) {
+        self.channels.lock().insert(channel.stream.clone(), channel.clone());
+        self.look_again(channel);
+    }
+
     /// A topic is to be read anew.
     pub(crate) fn look_again(&self, channel: &Arc<Channel>) {
         self.changes.add([channel.stream.clone()]);
+    }
+
+    fn look_later(&self, channel: &Arc<Channel>, first: bool) {
+        if !first {
+            return; // somebody does already
+        }
+        let (changes, stream) = (self.changes.clone(), channel.stream.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(GRACE).await;
+            changes.add([stream]);
+        });
     }
 
     fn bell(&self) -> &Notify {
@@ -124,11 +141,15 @@ impl FanOut {
     fn wanted(&self) -> Vec<Wanted> {
         let mut wanted = Vec::new();
         self.channels.lock().retain(|_, channel| match channel.wanted() {
-            Some(want) => {
+            Wish::Read(want) => {
                 wanted.push((channel.clone(), want));
                 true
             }
-            None => false,
+            Wish::Later { first } => {
+                self.look_later(channel, first);
+                true
+            }
+            Wish::Nothing => false,
         });
         wanted
     }
@@ -140,8 +161,9 @@ impl FanOut {
         for stream in changed {
             let Some(channel) = channels.get(&stream) else { continue };
             match channel.wanted() {
-                Some(want) => wanted.push((channel.clone(), want)),
-                None => drop(channels.remove(&stream)),
+                Wish::Read(want) => wanted.push((channel.clone(), want)),
+                Wish::Later { first } => self.look_later(channel, first),
+                Wish::Nothing => drop(channels.remove(&stream)),
             }
         }
         wanted

@@ -4,7 +4,6 @@
 //! an error means "unknown" and whoever sent the command decides.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use fred::clients::Client;
@@ -102,7 +101,7 @@ impl Script {
     }
 
     /// The same call where the server does not know the script.
-    fn in_full(&self, mut call: Cmd) -> Cmd {
+    pub(crate) fn in_full(&self, mut call: Cmd) -> Cmd {
         (call.name, call.args[0]) = ("EVAL", self.text.into());
         call
     }
@@ -118,7 +117,7 @@ pub(crate) struct Link {
     client: Client,
     task: ConnectHandle,
     reconnects: Mutex<broadcast::Receiver<fred::types::config::Server>>,
-    known_id: Mutex<Option<i64>>,
+    known_id: tokio::sync::Mutex<Option<i64>>,
 }
 
 impl Link {
@@ -162,7 +161,7 @@ impl Link {
         let opening = Opening(Some(client));
         let connected = tokio::time::timeout(patience, opening.client().init()).await;
         let task = connected.map_err(|_| Fault::Unknown("no connection within command_timeout".into()))??;
-        let link = Self { cluster, client: opening.done(), task, reconnects, known_id: Mutex::default() };
+        let link = Self { cluster, client: opening.done(), task, reconnects, known_id: tokio::sync::Mutex::default() };
         link.reconnected(); // the first time does not count
         Ok(link)
     }
@@ -233,28 +232,24 @@ impl Link {
         }
     }
 
-    /// What the server calls this connection, asked for once for each.
-    pub(crate) async fn known_id(&self) -> Option<i64> {
-        let known = *self.known_id.lock();
+    /// Sees to it that nothing can come any more from the connection that this one has taken the place of, and learns what the server calls
+    /// this one, for the next time.
+    pub(crate) async fn end_previous(&self) -> Result<(), Fault> {
+        let mut known = self.known_id.lock().await;
         if !self.reconnected() && known.is_some() {
-            return known;
+            return Ok(());
         }
-        let id = self.id().await.ok();
-        *self.known_id.lock() = id.or(known);
-        id.or(known)
+        let id = self.id().await?;
+        if let Some(previous) = known.replace(id).filter(|previous| *previous != id) {
+            // Refused, if it is not allowed or long gone: then what is still on its way may come late.
+            let _ = self.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(previous)).await;
+        }
+        Ok(())
     }
 
     /// What the server calls this connection. fred's own idea of it is old right after a reconnect.
     pub(crate) async fn id(&self) -> Result<i64, Fault> {
         self.call(Cmd::new("CLIENT").arg("ID")).await?.as_i64().ok_or(Fault::Nonsense("a connection without an id"))
-    }
-
-    /// The connection to the server that has a key: this one, but in a cluster.
-    pub(crate) async fn beside(self: &Arc<Self>, key: &str) -> Result<Arc<Self>, Fault> {
-        match &self.cluster {
-            Some(cluster) => cluster.beside(slot_of(key)).await,
-            None => Ok(self.clone()),
-        }
     }
 
     /// The node of a cluster that has a key, as far as is known.

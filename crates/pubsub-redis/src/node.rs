@@ -91,7 +91,8 @@ impl Node {
         let timer = Arc::new(Timer::new()?);
         let link = Arc::new(Link::open(&options, Duration::ZERO).await?);
         link.check_version()?;
-        let writer = Writer::start(link.clone(), &options);
+        let id = link.id().await?;
+        let writer = Writer::start(link.clone(), id, &options);
         let (notices, burials) = (SettleQueue::new(), SettleQueue::new());
         let status = watch::Sender::new(Status::Connected);
         let keys = Keys::new(&options.prefix);

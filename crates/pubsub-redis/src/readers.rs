@@ -60,6 +60,13 @@ impl Readers {
         reader.want(channel);
     }
 
+    /// Somebody has taken something of a topic that had enough.
+    pub(crate) fn resume(&self, channel: &Arc<Channel>, node: &Arc<Node>) {
+        let reader = self.of(channel, node);
+        reader.start(node);
+        reader.resume(channel);
+    }
+
     /// A topic is to be read anew.
     pub(crate) fn look_again(&self, channel: &Arc<Channel>) {
         self.each().iter().for_each(|reader| reader.look_again(channel));

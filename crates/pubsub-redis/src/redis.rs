@@ -8,9 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pubsub_core::{
-    Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, Fate, GroupStatus, Groups, LateSettlement,
-    LeaseProvider, LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status,
-    StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter, wire,
+    Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, GroupStatus, Groups, LateSettlement, LeaseProvider,
+    LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status, StatusWatch,
+    SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter, wire,
 };
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
@@ -242,14 +242,7 @@ impl PubSub for RedisStreamsPubSub {
                 let cursors = ids.into_iter().map(|id| Cursor::new(scope.clone(), id.position()));
                 Ok(cursors.collect::<Vec<_>>().into())
             }
-            Err(Failed { fault, published, unknown }) => {
-                let fate = |at| match at {
-                    at if at < published => Fate::Published,
-                    at if at < published + unknown => Fate::Unknown,
-                    _ => Fate::NotSent,
-                };
-                Err(PublishError::new(Error::from(fault).on(topic), (0..events.len()).map(fate).collect()))
-            }
+            Err(Failed { fault, fates }) => Err(PublishError::new(Error::from(fault).on(topic), fates)),
         }
     }
 

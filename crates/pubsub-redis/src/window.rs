@@ -93,6 +93,12 @@ impl Window {
         self.end() - place > ENTRIES as u64 / 2 || bytes > BYTES / 2
     }
 
+    /// Whether what is at a place would be over the bounds with so many more.
+    pub(crate) fn is_tight(&self, place: u64, more: usize) -> bool {
+        let bytes = self.from(place).next().map_or(0, |read| self.bytes - read.before);
+        self.end() - place + more as u64 > ENTRIES as u64 || bytes > BYTES / 2
+    }
+
     /// The stream was looked at while it was read: so many had been added to it, so many of them trimmed away. What is known of
     /// numbers is corrected. Returns whether another stream has taken its place.
     pub(crate) fn correct(&mut self, added: u64, trimmed: Option<u64>) -> bool {
@@ -172,6 +178,7 @@ mod tests {
     fn is_bounded_in_number_and_bytes() {
         let mut many = window(1..=ENTRIES as u64 + 10, 1);
         assert!(many.is_enough(0) && !many.is_enough(many.end()));
+        assert!(many.is_tight(many.end() - 1000, 100) && !many.is_tight(many.end() - 900, 100));
         many.trim(0);
         assert_eq!((many.end(), many.has(9), many.has(10)), (ENTRIES as u64 + 10, false, true));
         let mut large = window(1..=3, BYTES as usize);
