@@ -248,7 +248,7 @@ impl Channel {
             self.pass_over(malformed, node);
         }
         if wanted {
-            node.reader().resume(self);
+            node.readers().resume(self, node);
         }
         given
     }
@@ -319,7 +319,7 @@ impl Channel {
                 // Another stream has taken its place, and the server's clock had been set back.
                 state.start_over();
                 drop(state);
-                node.reader().look_again(self);
+                node.readers().look_again(self);
                 return Some(Ok(()));
             }
             let mut following = state.followers.swap_remove(place);
@@ -342,7 +342,7 @@ impl Channel {
         self.moved.notify_waiters();
         self.pass_over(malformed, &node);
         if live {
-            node.reader().want(self);
+            node.readers().want(self, &node);
             return None;
         }
         Some(Ok(()))

@@ -6,12 +6,15 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::channel::{Channel, GRACE, PAGE, Want, Wish};
+use crate::cluster::Place;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link};
 use crate::look::look;
@@ -33,12 +36,16 @@ const SENT_TOGETHER: usize = 1024;
 /// About how many bytes one read of a topic is to bring; at least one entry comes whatever its size.
 const PAGE_BYTES: usize = 1 << 20;
 
+/// How often everything is read in a cluster that does not tell what has changed.
+const POLL: Duration = Duration::from_millis(50);
+
 /// What the reader's task shares with those who want something read.
-#[derive(Default)]
 pub(crate) struct FanOut {
+    /// The node of a cluster that it reads from. There one read cannot be of several topics.
+    place: Option<Place>,
     channels: Mutex<HashMap<Arc<str>, Arc<Channel>>>,
     /// How many subscriptions there are, whether or not they go with the reader just now.
-    followers: AtomicUsize,
+    followers: Arc<AtomicUsize>,
     changes: Arc<Changes>,
     stop: AtomicBool,
     task: Mutex<Option<JoinHandle<()>>>,
@@ -48,27 +55,43 @@ pub(crate) struct FanOut {
 /// A topic, and what is to be read of it.
 type Wanted = (Arc<Channel>, Want);
 
+/// What came of reading: what failed, and of which topics.
+type Outcome = Result<(), (Fault, Vec<Wanted>)>;
+
 impl FanOut {
-    /// There is one more subscription: the reader keeps its connection, and is started unless it runs.
-    pub(crate) fn enter(self: &Arc<Self>, node: &Arc<Node>) {
-        self.followers.fetch_add(1, Ordering::SeqCst);
-        self.bell().notify_one();
+    /// One that reads from this node, for as long as there are subscriptions.
+    pub(crate) fn new(place: Option<Place>, followers: Arc<AtomicUsize>) -> Self {
+        let (channels, changes, stop, task, door) = Default::default();
+        Self { place, channels, followers, changes, stop, task, door }
+    }
+
+    /// There is one more subscription: the reader is started unless it runs.
+    pub(crate) fn start(self: &Arc<Self>, node: &Arc<Node>) {
+        self.ring();
         let mut task = self.task.lock();
         if task.is_none() && !self.stop.load(Ordering::Acquire) {
             *task = Some(tokio::spawn(self.clone().run(Arc::downgrade(node))));
         }
     }
 
-    /// There is one less.
-    pub(crate) fn leave(&self) {
-        if self.followers.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.bell().notify_one();
-        }
+    /// There may be no subscription any more.
+    pub(crate) fn ring(&self) {
+        self.bell().notify_one();
+    }
+
+    /// Whether it has something to read. One of a cluster has to have topics, since nodes come and go.
+    fn is_needed(&self) -> bool {
+        self.followers.load(Ordering::SeqCst) > 0 && (self.place.is_none() || !self.channels.lock().is_empty())
+    }
+
+    /// Waits until it has its connection, if it needs one.
+    pub(crate) async fn opened(&self, until: Instant) -> Result<(), Fault> {
+        if self.place.is_some() && !self.is_needed() { Ok(()) } else { self.door.opened(until).await }
     }
 
     /// Waits until the reader has nothing left of a subscription that has ended.
     pub(crate) async fn left(&self) {
-        let closed = self.door.closed(|| self.followers.load(Ordering::SeqCst) > 0);
+        let closed = self.door.closed(|| self.is_needed());
         let _ = tokio::time::timeout(FAREWELL, closed).await;
     }
 
@@ -149,13 +172,13 @@ impl FanOut {
     async fn run(self: Arc<Self>, node: Weak<Node>) {
         let (mut connection, mut pause) = (None::<Connection>, Pause::new());
         while !self.stop.load(Ordering::Acquire) {
-            let idle = self.followers.load(Ordering::SeqCst) == 0;
+            let idle = !self.is_needed();
             let outcome = match &mut connection {
                 None if idle => {
                     self.bell().notified().await;
                     continue;
                 }
-                None => match open(&node).await {
+                None => match self.open(&node).await {
                     Some(Ok(blocking)) => {
                         connection = Some(Connection { blocking, tracking: None, refused: false, count: PAGE });
                         self.door.open();
@@ -184,6 +207,7 @@ impl FanOut {
                         fail(&wanted, &node, &fault).await;
                     }
                     tokio::time::sleep(pause.next()).await;
+                    self.hand_on(&wanted, &fault, &node).await;
                     self.changes.add(wanted.iter().map(|(channel, _)| channel.stream.clone()));
                 }
             }
@@ -193,11 +217,36 @@ impl FanOut {
         }
     }
 
+    async fn open(&self, node: &Weak<Node>) -> Option<Result<Blocking, Fault>> {
+        let way = node.upgrade()?.way_to(self.place.as_ref()).await;
+        Some(match way {
+            Ok((options, main)) => Blocking::open(&options, main).await,
+            Err(fault) => Err(fault),
+        })
+    }
+
+    /// Leaves topics that failed to whoever reads from the node that has them now.
+    async fn hand_on(&self, wanted: &[Wanted], fault: &Fault, node: &Weak<Node>) {
+        let Some(node) = node.upgrade().filter(|_| self.place.is_some()) else { return };
+        if let Some(cluster) = node.link().cluster().filter(|_| fault.is_unknown() || fault.is_elsewhere()) {
+            cluster.doubt();
+            let _ = cluster.refresh().await; // or the next time
+        }
+        for (channel, _) in wanted {
+            let place = node.link().owner_of(&channel.stream);
+            if place.is_some() && place != self.place {
+                self.channels.lock().remove(&channel.stream);
+                node.readers().want(channel, &node);
+            }
+        }
+    }
+
     /// Reads something, or waits for something to read.
-    async fn read(&self, connection: &mut Connection, node: &Weak<Node>) -> Result<(), (Fault, Vec<Wanted>)> {
+    async fn read(&self, connection: &mut Connection, node: &Weak<Node>) -> Outcome {
         let topics = self.channels.lock().len();
+        let blocking_most = if self.place.is_some() { 0 } else { BLOCKING_MOST };
         match &mut connection.tracking {
-            None if topics > BLOCKING_MOST && !connection.refused => {
+            None if topics > blocking_most && !connection.refused => {
                 connection.tracking = Some(Tracking::begin(connection.blocking.link(), self.changes.clone()));
                 Ok(())
             }
@@ -207,9 +256,13 @@ impl FanOut {
                     self.bell().notified().await;
                     return Ok(());
                 }
-                self.read_blocking(connection, &wanted, node).await.map_err(|fault| (fault, wanted))
+                if self.place.is_some() {
+                    tokio::time::sleep(POLL).await;
+                    return self.read_at_once(connection, &wanted, node).await;
+                }
+                self.read_blocking(connection, &wanted, node).await
             }
-            Some(_) if topics <= BLOCKING_MOST * 3 / 4 => {
+            Some(_) if topics <= blocking_most * 3 / 4 => {
                 connection.tracking = None;
                 let off = Cmd::new("CLIENT").arg("TRACKING").arg("OFF");
                 connection.blocking.link().call(off).await.map(drop).map_err(|fault| (fault, Vec::new()))
@@ -229,7 +282,7 @@ impl FanOut {
                         return Ok(());
                     }
                     let wanted = self.wanted_of(changed);
-                    self.read_at_once(connection, &wanted, node).await.map_err(|fault| (fault, wanted))
+                    self.read_at_once(connection, &wanted, node).await
                 }
                 Err(fault) if !fault.is_temporary() => {
                     tracing::warn!(%fault, topics, "reading without `CLIENT TRACKING`: each wake costs the server time for every topic");
@@ -241,19 +294,20 @@ impl FanOut {
         }
     }
 
-    async fn read_blocking(&self, connection: &mut Connection, wanted: &[Wanted], node: &Weak<Node>) -> Result<(), Fault> {
+    async fn read_blocking(&self, connection: &mut Connection, wanted: &[Wanted], node: &Weak<Node>) -> Outcome {
         if wanted.iter().any(|(_, want)| want.careful) {
             let careful: Vec<_> = wanted.iter().filter(|(_, want)| want.careful).cloned().collect();
             return self.read_carefully(connection, &careful, node).await;
         }
         let count = connection.count;
         let command = Cmd::new("XREAD").arg("COUNT").number(count as u64).arg("BLOCK").number(millis(BLOCK));
-        let answer = connection.blocking.read(streams(command, wanted), self.bell()).await?;
-        self.take(connection, wanted, answer, count, node)
+        let answer = connection.blocking.read(streams(command, wanted), self.bell()).await;
+        let taken = answer.and_then(|answer| self.take(connection, wanted, answer, count, node));
+        taken.map_err(|fault| (fault, wanted.to_vec()))
     }
 
     /// Reads what there is, without blocking.
-    async fn read_at_once(&self, connection: &mut Connection, wanted: &[Wanted], node: &Weak<Node>) -> Result<(), Fault> {
+    async fn read_at_once(&self, connection: &mut Connection, wanted: &[Wanted], node: &Weak<Node>) -> Outcome {
         let (careful, plain): (Vec<_>, Vec<_>) = wanted.iter().cloned().partition(|(_, want)| want.careful);
         self.read_carefully(connection, &careful, node).await?;
         if plain.is_empty() {
@@ -261,26 +315,33 @@ impl FanOut {
         }
         let count = connection.count;
         let command = |wanted| streams(Cmd::new("XREAD").arg("COUNT").number(count as u64), wanted);
-        let commands = plain.chunks(READ_TOGETHER).map(command).collect();
+        let together = if self.place.is_some() { 1 } else { READ_TOGETHER };
+        let commands = plain.chunks(together).map(command).collect();
         let answers = connection.blocking.link().pipeline(commands).await;
-        for (wanted, answer) in plain.chunks(READ_TOGETHER).zip(answers) {
-            self.take(connection, wanted, answer?, count, node)?;
+        let mut failed = None;
+        for (wanted, answer) in plain.chunks(together).zip(answers) {
+            if let Err(fault) = answer.and_then(|answer| self.take(connection, wanted, answer, count, node)) {
+                failed.get_or_insert_with(|| (fault, Vec::new())).1.extend_from_slice(wanted);
+            }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Reads topics of which something may be missing, one by one.
-    async fn read_carefully(&self, connection: &mut Connection, wanted: &[Wanted], node: &Weak<Node>) -> Result<(), Fault> {
-        let count = connection.count;
+    async fn read_carefully(&self, connection: &mut Connection, wanted: &[Wanted], node: &Weak<Node>) -> Outcome {
+        let (count, mut failed) = (connection.count, None);
         for wanted in wanted.chunks(READ_TOGETHER) {
             let requests = wanted.iter().map(|(channel, want)| Request { stream: &channel.stream, from: want.from, count });
             let requests: Vec<_> = requests.collect();
             let pages = read_pages(connection.blocking.link(), &requests).await;
             for ((channel, want), page) in wanted.iter().zip(pages) {
-                self.arrived(connection, channel, *want, page?, count, node);
+                match page {
+                    Ok(page) => self.arrived(connection, channel, *want, page, count, node),
+                    Err(fault) => failed.get_or_insert_with(|| (fault, Vec::new())).1.push((channel.clone(), *want)),
+                }
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     fn take(
@@ -339,14 +400,6 @@ impl Connection {
 fn streams(command: Cmd, wanted: &[Wanted]) -> Cmd {
     let command = wanted.iter().fold(command.arg("STREAMS"), |command, (channel, _)| command.key(&channel.stream));
     wanted.iter().fold(command, |command, (_, want)| command.arg(want.from.to_string()))
-}
-
-async fn open(node: &Weak<Node>) -> Option<Result<Blocking, Fault>> {
-    let (options, main) = {
-        let node = node.upgrade()?;
-        (node.options().clone(), node.link().clone())
-    };
-    Some(Blocking::open(&options, main).await)
 }
 
 /// Ends the subscriptions on whose account reading fails for good; all of them, if it is no single topic's fault.

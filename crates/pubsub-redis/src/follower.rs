@@ -123,7 +123,7 @@ impl Attachment {
         if !self.follower.ended.swap(true, Ordering::AcqRel) {
             self.follower.inner.stop();
             self.channel.unfollow(&self.follower);
-            self.node.reader().leave();
+            self.node.readers().leave();
             self.node.tidy(&self.channel);
         }
     }
@@ -137,7 +137,7 @@ impl Control for Attachment {
 
     async fn stopped(&self) {
         // Ending is immediate: once `end` has returned, nothing can arrive. The connection goes with the last one.
-        self.node.reader().left().await;
+        self.node.readers().left().await;
     }
 
     async fn drained(&self) {

@@ -116,10 +116,8 @@ impl GroupReader {
                 }
                 Some(blocking) => self.read(blocking, &wanted).await,
                 None => {
-                    let Some((options, main)) = node.upgrade().map(|node| (node.options().clone(), node.link().clone())) else {
-                        break;
-                    };
-                    match Blocking::open(&options, main).await {
+                    let Some(node) = node.upgrade() else { break };
+                    match self.open(&node).await {
                         Ok(opened) => {
                             connection = Some(opened);
                             self.door.open();
@@ -137,8 +135,16 @@ impl GroupReader {
                 Ok(()) => pause = Pause::new(),
                 Err(fault) => {
                     tokio::time::sleep(pause.next()).await;
-                    if let Some(blocking) = &connection {
-                        recover(blocking.link(), &wanted, &fault).await;
+                    if connection.is_some() {
+                        recover(&wanted, &fault).await;
+                    }
+                    // Another node may have the key now.
+                    let may_move = fault.is_unknown() || fault.is_elsewhere();
+                    if may_move
+                        && wanted.iter().any(|(_, desk)| desk.node.link().cluster().is_some())
+                        && let Some(blocking) = connection.take()
+                    {
+                        blocking.close().await;
                     }
                 }
             }
@@ -146,6 +152,16 @@ impl GroupReader {
         if let Some(blocking) = connection {
             blocking.close().await;
         }
+    }
+
+    /// Connects to the one server, or in a cluster to the one that has the slot of all desks here.
+    async fn open(&self, node: &Node) -> std::result::Result<Blocking, Fault> {
+        if let Some(cluster) = node.link().cluster() {
+            cluster.refresh().await?;
+        }
+        let place = self.desks().first().and_then(|desk| node.link().owner_of(&desk.place.stream));
+        let (options, main) = node.way_to(place.as_ref()).await?;
+        Blocking::open(&options, main).await
     }
 
     async fn read(&self, blocking: &mut Blocking, wanted: &[((usize, bool), Arc<Desk>)]) -> std::result::Result<(), Fault> {
@@ -194,9 +210,15 @@ impl GroupReader {
 
 /// After a read that failed: makes groups anew that are gone, ends those that cannot be read, and finds what an answer that got lost
 /// had brought.
-async fn recover(link: &Link, wanted: &[((usize, bool), Arc<Desk>)], fault: &Fault) {
+async fn recover(wanted: &[((usize, bool), Arc<Desk>)], fault: &Fault) {
     for (_, desk) in wanted {
-        let group = &desk.place.group;
+        let (link, group) = (desk.node.link(), &desk.place.group);
+        if fault.is_elsewhere()
+            && let Some(cluster) = link.cluster()
+        {
+            cluster.doubt();
+            continue;
+        }
         let outcome = if fault.is_unknown() {
             forgotten(link, desk).await
         } else if fault.is("NOGROUP") || fault.is("UNBLOCKED") || fault.is("WRONGTYPE") || !fault.is_temporary() {

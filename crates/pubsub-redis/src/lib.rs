@@ -50,23 +50,28 @@
 //!
 //! # Configuration
 //!
-//! [`RedisStreamsPubSub::builder`], [`from_url`](RedisStreamsPubSub::from_url), or
-//! [`from_config`](RedisStreamsPubSub::from_config) for whatever fred connects to. The cargo feature `tls` adds encryption, with rustls
-//! over ring. Instances share a bus by sharing server, database and prefix.
+//! [`RedisStreamsPubSub::builder`] or [`from_url`](RedisStreamsPubSub::from_url); a [`RedisServer`] says where, and who to be there. The
+//! cargo feature `tls` adds encryption, with rustls over ring; the feature `cache` adds `RedisServerCache`, the store for the replay
+//! decorator `pubsub-cache`. Instances share a bus by sharing server, database and prefix.
 //!
 //! A user needs the commands of streams, `GET`, `SET`, `PEXPIRE`, `EVAL`, `EVALSHA`, `MULTI`, `EXEC`, `CLIENT ID`, `CLIENT SETNAME`, `INFO`
 //! and `PING`, on keys `*PREFIX:*`; and should have `CLIENT KILL` (see above), `CLIENT UNBLOCK`, without which a subscription to a further
-//! topic may start up to five seconds late, and `CLIENT TRACKING` (see below).
+//! topic may start up to five seconds late, and `CLIENT TRACKING` (see below). In a cluster it needs `CLUSTER SLOTS` and `ASKING` as
+//! well.
 //!
 //! # Limits
 //!
-//! Redis 7.0 or later, one server: in a cluster, reading several topics needs them on one node, so give them a prefix with a hash
-//! tag. 4 MiB of data and metadata per event ([`max_payload`](RedisBuilder::max_payload)). A topic keeps about 10,000 events, and goes 7 days
-//! after the last publish. An instance has one connection to write and settle, one for all fan-out, and one for each name of a group it
+//! Redis 7.0 or later. 4 MiB of data and metadata per event ([`max_payload`](RedisBuilder::max_payload)). A topic keeps about 10,000
+//! events, and goes 7 days after the last publish. An instance has one connection to write and settle, one for all fan-out, and one for each name of a group it
 //! has members of, which reads all its topics. Beyond 64 topics, fan-out is told by the server which of them have changed
 //! (`CLIENT TRACKING`), and costs it the same for each event however many there are; then a topic whose notice went missing, as after
 //! `FLUSHALL`, is read up to five seconds late. A group's reader, and fan-out where tracking is refused, blocks over all its topics, which
 //! costs the server time in proportion to their number for each wake: some hundred are nothing, ten thousand are 13 ms.
+//!
+//! In a cluster it is a connection to write for each master, one for what has no key, one for fan-out for each master that has topics
+//! of it, and for groups one for each name and slot, since one read cannot be of several slots: topics that share a hash tag, `{orders}.placed` and `{orders}.paid`,
+//! share a slot. Fan-out there needs `CLIENT TRACKING`; without the right to it everything is read twenty times a second. A key
+//! whose slot is on its way is followed by what writes; what reads waits until the slot has arrived.
 //!
 //! A cursor knows prefix and topic, not the server: one from another server with the same prefix is told by its position alone.
 //!
@@ -76,10 +81,27 @@
 //! meanwhile. A silent one is given up after [`command_timeout`](RedisBuilder::command_timeout). Subscriptions carry on: fan-out from
 //! its own positions, groups from the server's. After a `FLUSHALL`, or when a stream or a group was deleted, members make their group
 //! anew where they had read to, or from the start of a new stream. What cannot heal, such as wrong credentials, a missing permission or
-//! a key of another type, is an error at once, and ends the subscriptions it concerns with that error.
+//! a key of another type, is an error at once, and ends the subscriptions it concerns with that error. So is a certificate that is not
+//! to be trusted.
+//!
+//! When sentinels or a cluster make a replica the master, connections and subscriptions move there within the time that takes. Redis
+//! replicates behind what it confirms: what the old master had confirmed and not passed on is lost, and groups may be handed again, as
+//! the same attempt, what they had settled just before. `min-replicas-to-write` bounds how much that is.
+//!
+//! # What operators see
+//!
+//! Events of `tracing`, those of a kind at most every ten seconds with how often it happened meanwhile: connections that are lost and there
+//! again, what was taken over from silent members, what was trimmed away before a group had read it, groups that had to be made anew,
+//! deliveries that were given up, settlements that were refused. [`inspect`](pubsub_core::PubSub::inspect) says for each group what waits, what
+//! is held, how old the oldest is, and how many members there are; what the server cannot tell is none, not 0. User names and
+//! passwords are in none of that.
 
+mod ask;
 mod builder;
+#[cfg(feature = "cache")]
+mod cache;
 mod channel;
+mod cluster;
 mod desk;
 mod entry;
 mod errors;
@@ -96,11 +118,17 @@ mod page;
 mod pause;
 mod publish;
 mod reader;
+mod readers;
 mod redis;
 mod reply;
+mod server;
 mod settle;
+mod told;
 mod tracking;
 mod window;
 
 pub use builder::RedisBuilder;
+#[cfg(feature = "cache")]
+pub use cache::{RedisCacheBuilder, RedisServerCache};
 pub use redis::RedisStreamsPubSub;
+pub use server::RedisServer;

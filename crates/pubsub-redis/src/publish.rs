@@ -176,6 +176,12 @@ struct Part {
 }
 
 impl Shared {
+    /// How many calls for one stream go out before the first is answered. In a cluster its key may move, and calls that follow it
+    /// could overtake each other.
+    fn on_their_way(&self) -> usize {
+        if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
+    }
+
     fn words(&self, script: &Script, call: &Call) -> Cmd {
         let Retention { max_len, idle_ttl, .. } = self.retention;
         let words = script.call(&[&call.stream]).arg(&*self.publisher).number(call.number);
@@ -187,7 +193,14 @@ impl Shared {
     fn add(&self, call: &Call, in_full: bool) -> impl Future<Output = Result<Vec<EntryId>, Fault>> + Send + 'static {
         let (words, link, count) = (self.words(&ADD, call), self.link.clone(), call.events.len());
         let words = if in_full { ADD.in_full(words) } else { words };
-        async move { ids(link.call(words).await?, count) }
+        async move {
+            let answer = match link.cluster() {
+                // Each node has its own scripts.
+                Some(_) if !in_full => link.eval(&ADD, words).await?,
+                _ => link.call(words).await?,
+            };
+            ids(answer, count)
+        }
     }
 
     async fn find_or_add(&self, call: &Call) -> Result<Vec<EntryId>, Fault> {
@@ -241,8 +254,8 @@ struct Lane {
 }
 
 impl Lane {
-    fn may_send(&self) -> bool {
-        self.events > 0 && self.on_their_way < ON_THEIR_WAY && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
+    fn may_send(&self, on_their_way: usize) -> bool {
+        self.events > 0 && self.on_their_way < on_their_way && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
     }
 
     /// The next events that go together; none if whoever handed them in has given up.
@@ -387,7 +400,7 @@ impl Task {
             let Some(stream) = self.ready.pop() else { break };
             let Self { lanes, open, calls, next, shared, .. } = self;
             let Some(lane) = lanes.get_mut(&stream) else { continue };
-            while lane.may_send() {
+            while lane.may_send(shared.on_their_way()) {
                 if !calls.is_empty() && (self.stale || !self.known) {
                     self.ready.push(stream);
                     return self.answer_flushes();
@@ -407,7 +420,7 @@ impl Task {
     /// A call has come back.
     fn ended(&mut self, call: Call, outcome: Outcome) {
         match outcome {
-            Err(fault) if fault.is_unknown() || fault.is("NOSCRIPT") => {
+            Err(fault) if fault.is_unknown() || fault.is("NOSCRIPT") || self.is_on_its_way(&fault) => {
                 self.known &= !fault.is("NOSCRIPT");
                 self.doubtful.push((call, fault));
             }
@@ -416,6 +429,11 @@ impl Task {
                 self.settle(call, outcome);
             }
         }
+    }
+
+    /// Whether a key has no node just now, and is going to have one.
+    fn is_on_its_way(&self, fault: &Fault) -> bool {
+        fault.is_elsewhere() && self.shared.link.cluster().is_some()
     }
 
     /// Finds out what became of doubtful calls, in the order they were sent in, while nothing else is on its way.
@@ -463,11 +481,14 @@ impl Task {
 
     async fn try_add_missing(&mut self, call: &Call) -> Outcome {
         let link = &self.shared.link;
-        let id = link.id().await?;
-        if id != self.id {
-            // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
-            let _ = link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
-            self.id = id;
+        // The connections to the nodes of a cluster see to that themselves.
+        if link.cluster().is_none() {
+            let id = link.id().await?;
+            if id != self.id {
+                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
+                let _ = link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
+                self.id = id;
+            }
         }
         self.shared.find_or_add(call).await
     }

@@ -2,7 +2,7 @@
 //! processes killed and paused. On real servers; without one installed every test is shown as ignored, and fails where
 //! `PUBSUB_REQUIRE` names redis.
 
-#[expect(dead_code)] // the harness of the conformance suite uses more of it
+#[expect(dead_code)] // others use more of it
 #[path = "../../../conformance/src/harnesses/redis/server.rs"]
 mod server;
 
