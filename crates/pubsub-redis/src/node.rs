@@ -43,6 +43,8 @@ const UNHEARD_WORDS: Duration = Duration::from_secs(2);
 
 /// How often the connections to the nodes of a cluster are looked at.
 const LOOK_AT_NODES: Duration = Duration::from_millis(100);
+/// How long an error is taken for a lost connection, if the client library has one all the same.
+const STILL_THERE: Duration = Duration::from_millis(100);
 
 /// How often, and with which pauses, a consumer is tried to be removed whose last settlements are on their way.
 const GOODBYES: u32 = 10;
@@ -531,7 +533,7 @@ async fn watch_status(link: Arc<Link>, status: watch::Sender<Status>, patience: 
                 }
             }
             // An error that broke nothing has no reconnect behind it.
-            () = tokio::time::sleep(Duration::from_millis(100)), if reconnecting && client.is_connected() => {
+            () = tokio::time::sleep(STILL_THERE), if reconnecting && client.is_connected() => {
                 tell(Status::Connected);
             }
         }
