@@ -590,13 +590,13 @@ mod tests {
     #[test]
     fn a_few_more_wait_for_what_is_on_its_way() {
         let (mut lane, _) = lane(&[&[1; WORTH_SENDING - 1]]);
-        assert!(lane.may_send());
+        assert!(lane.may_send(ON_THEIR_WAY));
         lane.on_their_way = 1;
-        assert!(!lane.may_send());
+        assert!(!lane.may_send(ON_THEIR_WAY));
         lane.events = WORTH_SENDING;
-        assert!(lane.may_send());
+        assert!(lane.may_send(ON_THEIR_WAY));
         lane.on_their_way = ON_THEIR_WAY;
-        assert!(!lane.may_send());
+        assert!(!lane.may_send(ON_THEIR_WAY));
     }
 
     #[test]
