@@ -15,6 +15,7 @@ usage: cargo xtask COMMAND
   test                                            set up what tests need, then run every test
   conformance [--backend NAME] [--only ID] [--json FILE]
                                                   run the delivery-semantics suite and print its matrix
+  systems [--backend NAME]                        run the five systems as processes on each backend, and print how long each took
   bench [--mimalloc] [--peers] [--backend NAME] [--json FILE]
                                                   measure ours, the limit and the peers in one run
   ci                                              everything that must hold: format, lints, documentation, tests,
@@ -35,6 +36,8 @@ fn main() -> ExitCode {
     let outcome = match (command, rest) {
         ("test", []) => test(),
         ("conformance", rest) => conformance(rest),
+        ("systems", []) => systems(None),
+        ("systems", [option, backend]) if option == "--backend" => systems(Some(backend)),
         ("bench", rest) => bench(rest),
         ("ci", []) => ci::run_all(),
         ("tidy", []) => tidy::run(),
@@ -88,6 +91,12 @@ fn sudo(program: &str) -> Command {
 fn conformance(arguments: &[String]) -> Outcome {
     let program = ["run", "--package", "pubsub-conformance", "--all-features", "--bin", "pubsub-conformance", "--"];
     step::run("conformance", cargo(program).args(arguments))
+}
+
+fn systems(backend: Option<&str>) -> Outcome {
+    step::run("build examples", &mut cargo(["build", "--package", "pubsub-examples", "--examples"]))?;
+    let mut program = cargo(["test", "--package", "pubsub-examples", "--test", "systems", "--"]);
+    step::run("systems", program.args(backend.map(|name| format!("{name}/"))))
 }
 
 fn bench(arguments: &[String]) -> Outcome {
