@@ -136,7 +136,8 @@ where
         let wanted = name.to_owned();
         let filter = Filter::types(["ready"]).and(move |event| event.run_id() == wanted);
         let mut ready = self.bus.subscribe_with(TOPIC, SubscribeOptions::fan_out().filter(filter)).await?;
-        let life = if self.bus.capabilities().reach == Reach::Process { self.thread(role, name) } else { self.process(role, name) };
+        let life =
+            if self.bus.capabilities().reach == Reach::Process { self.thread(role, name) } else { self.process(role, name) };
         let worker = Worker { name: name.to_owned(), life: life.map_err(|error| failed("start", name, error))? };
         match timeout(READY, ready.try_next()).await {
             Ok(Ok(Some(_))) => Ok(worker),
@@ -298,6 +299,8 @@ impl Proof {
 }
 
 /// The next event of several subscriptions at once: where a director looks on.
-pub async fn next(of: &mut (impl futures::Stream<Item = Result<pubsub_core::Delivery>> + Unpin)) -> Result<pubsub_core::Delivery> {
+pub async fn next(
+    of: &mut (impl futures::Stream<Item = Result<pubsub_core::Delivery>> + Unpin),
+) -> Result<pubsub_core::Delivery> {
     of.next().await.unwrap_or_else(|| Err(Error::closed()))
 }

@@ -88,7 +88,8 @@ where
                 bus.publish(CONTROL, Event::new("task.cancel").with_data(json!({ "taskId": "endless" }))).await?;
             }
             "task.suspended" => {
-                let mut task = tasks.iter().find(|(_, task)| task.task_id == update.task_id).expect("it is on the board").1.clone();
+                let mut task =
+                    tasks.iter().find(|(_, task)| task.task_id == update.task_id).expect("it is on the board").1.clone();
                 task.resume_data = Some(json!({ "answer": "yes" }));
                 bus.publish(QUEUES[0].topic, Event::new("task.resume").with_run_id(&task.task_id).with_data(task)).await?;
             }

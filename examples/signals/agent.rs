@@ -135,7 +135,10 @@ impl Agent {
                 () = sleep_until(again), if !known.pending.is_empty() && runs.is_empty() => look = true,
                 else => return Ok(()),
             }
-            if look && runs.is_empty() && let Some((signal, _)) = known.pending.front() {
+            if look
+                && runs.is_empty()
+                && let Some((signal, _)) = known.pending.front()
+            {
                 match LeaseGuard::acquire(self.leases.clone(), &self.key, &self.name, TTL).await? {
                     Ok(guard) => runs.push(self.run(guard, signal.clone())),
                     Err(other) => again = Instant::now() + other.remaining,
@@ -148,7 +151,9 @@ impl Agent {
     async fn run(&self, guard: LeaseGuard, signal: Signal) -> Result<Option<(LeaseGuard, Signal)>> {
         let token = guard.token();
         self.tell(Told { kind: "run-registered".into(), token, signal: Some(signal.clone()), ..Told::default() }).await?;
-        let part = async |part: &str| self.tell(Told { kind: "stream-part".into(), token, part: part.into(), ..Told::default() }).await;
+        let part = async |part: &str| {
+            self.tell(Told { kind: "stream-part".into(), token, part: part.into(), ..Told::default() }).await
+        };
         for word in ["Let", "me", "see"] {
             if !guard.is_held() {
                 return Ok(None);

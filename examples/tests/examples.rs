@@ -189,13 +189,13 @@ async fn hello_is_short_and_runs() {
 
 #[tokio::test]
 async fn a_custom_backend_behaves_as_a_built_in_one() {
-    for arguments in [&[][..], &["tiny:?max_payload=1"], &["memory:"]] {
+    for arguments in [&[][..], &["tiny:?publish_timeout=1s"], &["memory:"]] {
         let ran = run("custom_backend", arguments, None).await;
         assert_eq!((ran.status, ran.stderr.as_str()), (0, ""), "{arguments:?}");
         assert_eq!(ran.stdout, "billing, attempt 1: 3\nbilling, attempt 2: 3\naudit: order.placed\nclosed cleanly\n");
     }
-    let ran = run("custom_backend", &["tiny:?max_paylod=1"], None).await;
-    assert!(ran.status == 1 && ran.stderr.contains("max_payload"), "{}", ran.stderr);
+    let ran = run("custom_backend", &["tiny:?publish_timout=1s"], None).await;
+    assert!(ran.status == 1 && ran.stderr.contains("publish_timeout"), "{}", ran.stderr);
 }
 
 #[tokio::test]

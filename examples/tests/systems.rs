@@ -54,7 +54,9 @@ struct Fresh {
 
 fn fresh(backend: &str, system: &str) -> std::io::Result<Fresh> {
     Ok(match backend {
-        "memory" if system == "resumable_stream" => Fresh { url: "memory:?replay=memory".into(), _directory: None, _server: None },
+        "memory" if system == "resumable_stream" => {
+            Fresh { url: "memory:?replay=memory".into(), _directory: None, _server: None }
+        }
         "memory" => Fresh { url: "memory:".into(), _directory: None, _server: None },
         "unix" => {
             let directory = tempfile::tempdir()?;

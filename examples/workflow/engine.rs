@@ -98,7 +98,8 @@ impl Engine {
 
     /// As which group, and with which patience, the runs are read.
     pub(crate) fn options(&self) -> Result<SubscribeOptions> {
-        let retry = RetryPolicy::new().max_attempts(MAX_ATTEMPTS).backoff(Duration::from_millis(20), Duration::from_millis(200));
+        let retry =
+            RetryPolicy::new().max_attempts(MAX_ATTEMPTS).backoff(Duration::from_millis(20), Duration::from_millis(200));
         Ok(SubscribeOptions::group(Group::new(GROUP)?).retry(retry))
     }
 
@@ -135,7 +136,8 @@ impl Engine {
 
     async fn go_to(&self, mut run: Run, step: usize) -> Result<(), Failure> {
         run.execution_path = vec![step];
-        let (kind, what) = if step < self.workflow.steps.len() { ("workflow.step.run", "run") } else { ("workflow.end", "over") };
+        let (kind, what) =
+            if step < self.workflow.steps.len() { ("workflow.step.run", "run") } else { ("workflow.end", "over") };
         self.publish(RUNS, kind, what, run).await
     }
 
@@ -154,7 +156,8 @@ impl Engine {
             (Step::Sleep(name, length), _) => {
                 self.tell(run, "workflow-step-start", self.about(name)).await?;
                 // From when the event was made: whoever takes over sleeps what is left.
-                let until = std::time::UNIX_EPOCH + Duration::from_millis(message.event().created_at().as_millis().unsigned_abs());
+                let until =
+                    std::time::UNIX_EPOCH + Duration::from_millis(message.event().created_at().as_millis().unsigned_abs());
                 let left = (until + *length).duration_since(std::time::SystemTime::now()).unwrap_or_default();
                 tokio::time::sleep(left.min(*length)).await;
                 (*name, json!({}))

@@ -2,6 +2,7 @@
 
 mod cached;
 mod emitter;
+mod guarantees;
 mod memory_store;
 pub mod redis;
 mod slow_remote;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
+pub use guarantees::guarantees;
 pub use memory_store::MemoryStoreHarness;
 pub use redis::RedisHarness;
 pub use slow_remote::SlowRemoteHarness;
