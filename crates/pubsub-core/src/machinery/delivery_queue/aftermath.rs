@@ -1,12 +1,12 @@
 //! What runs code that is not the queue's, and therefore under no lock.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::Waker;
 
 use super::{DeliveryQueue, Entry};
 use crate::Event;
+use crate::contain::contain;
 
 /// What pushing leaves to be done once the caller holds no lock of its own: consumers to wake, and entries that were lost to be
 /// dropped. Both run code that is not the queue's. Dropping it does it.
@@ -85,8 +85,8 @@ impl fmt::Debug for Aftermath {
 
 /// Wakes a consumer, which runs its executor's code: a panic there concerns neither the others nor whoever has to wake them.
 pub(super) fn wake(waker: Waker) {
-    if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
-        tracing::error!("a consumer's waker panicked");
+    if let Err(panic) = contain(|| waker.wake()) {
+        tracing::error!(%panic, "a consumer's waker panicked");
     }
 }
 
@@ -95,8 +95,8 @@ pub(super) fn wake(waker: Waker) {
 pub(super) fn discard(entries: impl IntoIterator<Item = Entry>) {
     for entry in entries {
         let id = entry.event.id().clone();
-        if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
-            tracing::error!(event = %id, "the destructor of a payload panicked");
+        if let Err(panic) = contain(|| drop(entry)) {
+            tracing::error!(event = %id, %panic, "the destructor of a payload panicked");
         }
     }
 }
