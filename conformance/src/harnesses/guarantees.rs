@@ -85,9 +85,9 @@ fn declarations() -> [(&'static str, Say); 12] {
             _ => "a bounded history",
         }),
         ("groups", |c| match c.groups {
-            Groups::Unsupported => "none",
-            Groups::Ephemeral => "while they have a member",
             Groups::Durable => "durable",
+            Groups::Ephemeral => "while they have a member",
+            _ => "none",
         }),
         ("dead letters can be listed and redriven", |c| yes(c.dead_letter_history)),
         ("attempts are counted", |c| match c.attempts {

@@ -1,15 +1,15 @@
 //! A backend of one's own: a bus within one process, over the queues that all backends share.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::{BoxFuture, join_all};
+use futures::future::{BoxFuture, FutureExt, Shared, join_all};
 use parking_lot::{Mutex, MutexGuard};
 use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
 use pubsub_core::*;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
 const INSTANCE: u64 = 0; // queues can tell the instances of a bus apart; here there is one
@@ -26,7 +26,8 @@ struct Inner {
     queues: Mutex<Queues>,
     timer: Arc<Timer>,
     status: watch::Sender<Status>,
-    closed: OnceCell<Closed>,
+    /// One close, however many ask for it.
+    closing: OnceLock<Shared<BoxFuture<'static, Closed>>>,
     publish_timeout: Duration,
 }
 
@@ -34,25 +35,23 @@ impl TinyBus {
     /// A new bus, at whose full queues publishers and dead letters wait for so long. Fails outside a tokio runtime.
     pub fn new(publish_timeout: Duration) -> Result<Self> {
         let (timer, status) = (Arc::new(Timer::new()?), watch::Sender::new(Status::Connected));
-        Ok(Self(Arc::new(Inner { queues: Mutex::default(), timer, status, closed: OnceCell::new(), publish_timeout })))
+        Ok(Self(Arc::new(Inner { queues: Mutex::default(), timer, status, closing: OnceLock::new(), publish_timeout })))
     }
 
     fn open(&self) -> Result<MutexGuard<'_, Queues>> {
-        let queues = self.0.queues.lock(); // first: whoever gets it after a close sees that it is closed
-        if *self.0.status.borrow() == Status::Closed { Err(Error::closed()) } else { Ok(queues) }
+        let queues = self.0.queues.lock(); // a close begins under this lock
+        if self.0.closing.get().is_some() { Err(Error::closed()) } else { Ok(queues) }
     }
 
     /// Gives an event to every queue of a topic, or to none and returns one that is full.
     fn offer(&self, topic: &Topic, event: &Arc<Event>) -> Result<Option<Arc<DeliveryQueue>>> {
-        let mut aftermath = Aftermath::new();
-        {
-            let all = self.open()?;
-            let queues = all.get(topic).map_or(&[][..], Vec::as_slice);
-            if let Some(full) = queues.iter().find(|queue| queue.room() == 0 && !queue.is_ended()) {
-                return Ok(Some(full.clone()));
-            }
-            queues.iter().for_each(|queue| queue.push([Entry::new(event.clone())], &mut aftermath));
+        let (all, mut aftermath) = (self.open()?, Aftermath::new());
+        let queues = all.get(topic).map_or(&[][..], Vec::as_slice);
+        if let Some(full) = queues.iter().find(|queue| queue.room() == 0 && !queue.is_ended()) {
+            return Ok(Some(full.clone()));
         }
+        queues.iter().for_each(|queue| queue.push([Entry::new(event.clone())], &mut aftermath));
+        drop(all);
         aftermath.finish(); // not under the lock: it may run anything
         Ok(None)
     }
@@ -73,7 +72,6 @@ impl PubSub for TinyBus {
     fn capabilities(&self) -> Capabilities {
         Capabilities::in_process()
     }
-
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
         let refused = |error: Error| PublishError::none_sent(error.on(topic), events.len());
         self.open().map(drop).and_then(|()| options.validate()).map_err(refused)?;
@@ -102,12 +100,11 @@ impl PubSub for TinyBus {
             return Ok(joined);
         }
         let (topic, timer, letters) = (topic.clone(), self.0.timer.clone(), Arc::new(Letters(Arc::downgrade(&self.0))));
-        let queue = match options.group.clone() {
+        queues.push(match options.group.clone() {
             Some(group) => DeliveryQueue::group(topic, group, timer, letters),
             None => DeliveryQueue::fan_out(topic, timer, letters),
-        };
-        queues.push(queue.clone());
-        Ok(queue.join(INSTANCE, options, || ()).expect("a new queue has not ended"))
+        });
+        Ok(queues[queues.len() - 1].join(INSTANCE, options, || ()).expect("a new queue has not ended"))
     }
 
     async fn history(&self, _: &Topic, _: Start, _: usize) -> Result<Page> {
@@ -140,19 +137,26 @@ impl PubSub for TinyBus {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let queues: Vec<_> = self.0.queues.lock().values().flatten().cloned().collect();
+        let closing = {
+            let all = self.0.queues.lock();
+            let queues = || all.values().flatten().cloned().collect();
+            // In a task of its own, so that a close that nobody waits for any more comes to its end too.
+            let begin = || tokio::spawn(end(queues(), within)).map(Result::unwrap_or_default).boxed().shared();
+            self.0.closing.get_or_init(begin).clone()
+        };
         self.0.status.send_replace(Status::Closed);
-        // In a task of its own, so that a close that nobody waits for any more comes to its end too.
-        let end = tokio::spawn(async move {
-            drop(timeout(within, join_all(queues.iter().map(|queue| queue.relieved(INSTANCE)))).await);
-            let mut closed = Closed::default();
-            for queue in queues {
-                closed.released += queue.burden(INSTANCE).1;
-                closed.cut_off += queue.revoke(INSTANCE);
-                queue.end();
-            }
-            closed
-        });
-        Ok(*self.0.closed.get_or_init(|| async { end.await.unwrap_or_default() }).await)
+        Ok(closing.await)
     }
+}
+
+/// Waits until nothing is queued or held, but not for longer than this, and takes back the rest.
+async fn end(queues: Vec<Arc<DeliveryQueue>>, within: Duration) -> Closed {
+    drop(timeout(within, join_all(queues.iter().map(|queue| queue.relieved(INSTANCE)))).await);
+    let mut closed = Closed::default();
+    for queue in queues {
+        closed.released += queue.burden(INSTANCE).1;
+        closed.cut_off += queue.revoke(INSTANCE);
+        queue.end();
+    }
+    closed
 }
