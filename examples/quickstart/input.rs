@@ -107,7 +107,9 @@ fn event(line: Vec<u8>, max_payload: Option<usize>) -> Result<Event, String> {
         return Err(format!("not UTF-8 at column {}", error.valid_up_to() + 1));
     }
     let stamp = Stamp { id: EventId::random(), created_at: Timestamp::now() };
-    let told = |error: pubsub_core::Error| error.to_string().replace(" at line 1 column ", " at column ");
+    let told = |error: pubsub_core::Error| {
+        error.to_string().replace(" at line 1 column 0", "").replace(" at line 1 column ", " at column ")
+    };
     let event = wire::decode(&Bytes::from(line), Some(stamp)).map_err(told)?.event;
     if event.event_type().is_empty() {
         return Err("the type is empty".to_owned());

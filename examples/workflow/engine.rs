@@ -221,8 +221,8 @@ impl Engine {
     }
 
     async fn publish(&self, topic: &str, kind: &str, what: &str, run: Run) -> Result<(), Failure> {
-        let event = Event::stamped(run.event_id(what)?, kind, Timestamp::now());
-        self.bus.publish(topic, event.with_run_id(&run.run_id.clone()).with_data(run)).await?;
+        let event = Event::stamped(run.event_id(what)?, kind, Timestamp::now()).with_run_id(&run.run_id);
+        self.bus.publish(topic, event.with_data(run)).await?;
         Ok(())
     }
 }
