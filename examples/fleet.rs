@@ -70,11 +70,15 @@ where
 /// Connects to a bus that can do what is needed, or says at once what would help.
 async fn connect(url: &str, needed: &[Capability]) -> Result<Bus> {
     let bus = pubsub_connect::connect(url).await?;
-    bus.require(needed.iter().copied()).map_err(|error| match error.kind() {
+    bus.require(needed.iter().copied()).map_err(with_remedy)?;
+    Ok(bus)
+}
+
+fn with_remedy(error: Error) -> Error {
+    match error.kind() {
         ErrorKind::Unsupported(Capability::Leases) => error.caused_by("take them from another bus, by ?leases=URL"),
         _ => error,
-    })?;
-    Ok(bus)
+    }
 }
 
 async fn lead<D, W, F>(url: String, needed: &[Capability], direct: D, work: W) -> Result<bool>
@@ -303,4 +307,16 @@ pub async fn next(
     of: &mut (impl futures::Stream<Item = Result<pubsub_core::Delivery>> + Unpin),
 ) -> Result<pubsub_core::Delivery> {
     of.next().await.unwrap_or_else(|| Err(Error::closed()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_has_no_leases_is_told_where_to_get_them() {
+        let bus = Bus::from(own_backend::TinyBus::new(READY).unwrap());
+        let error = with_remedy(bus.require([Capability::Leases]).unwrap_err());
+        assert!(error.source().is_some_and(|remedy| remedy.to_string().contains("?leases=URL")), "{error}");
+    }
 }

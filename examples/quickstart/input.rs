@@ -102,7 +102,8 @@ impl<R: Read> Lines<R> {
 }
 
 /// The event of a line: the JSON form that events have on every wire, of which only the type is required.
-fn event(line: Vec<u8>, max_payload: Option<usize>) -> Result<Event, String> {
+fn event(mut line: Vec<u8>, max_payload: Option<usize>) -> Result<Event, String> {
+    line.truncate(line.trim_ascii_end().len()); // an end of line would put what is missing at its end on a second one
     if let Err(error) = std::str::from_utf8(&line) {
         return Err(format!("not UTF-8 at column {}", error.valid_up_to() + 1));
     }

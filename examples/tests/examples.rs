@@ -110,7 +110,7 @@ async fn quickstart_skips_bad_lines_by_number_and_reason() {
         (b"{\"type\":\"\"}", Some("the type is empty")),
         (b"[]", Some("expected an event")),
         (b"{\"type\":\"a\"} {\"type\":\"b\"}", Some("trailing characters")),
-        (b"{\"type\":\"a\",", Some("EOF while parsing")),
+        (b"{\"type\":\"a\",", Some("EOF while parsing a value at column 12")),
         (b"{\"type\":\"a\xFF\"}", Some("not UTF-8 at column 11")),
         (b"\0", Some("cannot decode")),
         (long.as_bytes(), Some("longer than 1048576 bytes")),
