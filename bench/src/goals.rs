@@ -28,6 +28,12 @@ const fn of_cache(setting: &'static str, against: Against, ratio: f64) -> Goal {
     Goal { backend: crate::cache::BACKEND, setting, against, ratio }
 }
 
+const fn of_redis(setting: &'static str, against: Against, ratio: f64) -> Goal {
+    Goal { backend: crate::redis::BACKEND, setting, against, ratio }
+}
+
+const FRED: Against = Against::Party(crate::redis::FRED);
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
 
 const GOALS: &[Goal] = &[
@@ -44,6 +50,11 @@ const GOALS: &[Goal] = &[
     goal("idle memory", Against::Figure(2048.0), 1.0),
     of_cache("publish", Against::Party(crate::cache::BARE), 0.45),
     of_cache("replay", Against::Figure(10e6), 1.0),
+    of_redis("1 to 1", FRED, 1.0),
+    of_redis("1 to 10", Against::Figure(1e6), 1.0),
+    of_redis("group of 4", FRED, 0.95),
+    of_redis("latency p50", FRED, 1.1),
+    of_redis("one more of 10,000", Against::Figure(5000.0), 1.0),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.
@@ -52,10 +63,10 @@ pub(crate) fn print(rows: &[Row]) {
     if compared.is_empty() {
         return;
     }
-    println!("\n{:<9} {:<14} {:<28} {:>8} {:>9}", "backend", "setting", "goal: ours against", "goal", "measured");
+    println!("\n{:<9} {:<20} {:<28} {:>8} {:>9}", "backend", "setting", "goal: ours against", "goal", "measured");
     for (goal, (name, ratio, reached)) in compared {
         let verdict = if reached { "reached" } else { "NOT REACHED" };
-        println!("{:<9} {:<14} {name:<28} {:>8.2} {ratio:>9.2}  {verdict}", goal.backend, goal.setting, goal.ratio);
+        println!("{:<9} {:<20} {name:<28} {:>8.2} {ratio:>9.2}  {verdict}", goal.backend, goal.setting, goal.ratio);
     }
 }
 

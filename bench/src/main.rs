@@ -5,6 +5,7 @@ mod event;
 mod goals;
 mod memory;
 mod node;
+mod redis;
 mod report;
 mod rounds;
 
@@ -30,7 +31,7 @@ const ALLOCATOR_NAME: &str = if cfg!(feature = "mimalloc") {
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Options {
-    /// Measure this backend only (memory, cache).
+    /// Measure this backend only (memory, cache, redis).
     #[arg(long)]
     backend: Option<String>,
     /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
@@ -54,6 +55,9 @@ struct Options {
     /// Print the resident bytes per idle subscription of one party and do nothing else; each needs a process of its own.
     #[arg(long, hide = true)]
     idle: Option<String>,
+    /// Print what following many topics costs one party and do nothing else; likewise.
+    #[arg(long, hide = true)]
+    many: Option<String>,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -78,7 +82,11 @@ fn run(options: &Options) -> Result<(), BoxError> {
         println!("{}", memory::idle::measure_here(party)?);
         return Ok(());
     }
-    let known = ["memory", cache::BACKEND];
+    if let Some(job) = &options.many {
+        println!("{}", serde_json::to_string(&redis::measure_many_here(job)?)?);
+        return Ok(());
+    }
+    let known = ["memory", cache::BACKEND, redis::BACKEND];
     if let Some(other) = options.backend.as_deref().filter(|backend| !known.contains(backend)) {
         return Err(format!("there is no backend `{other}`; there is {}", known.join(", ")).into());
     }
@@ -87,6 +95,9 @@ fn run(options: &Options) -> Result<(), BoxError> {
     }
     let mut contests = memory::contests(options.peers);
     contests.extend(cache::contests(options.peers));
+    if options.backend.as_deref().is_none_or(|backend| backend == redis::BACKEND) {
+        contests.extend(redis::contests());
+    }
     contests.retain(|contest| options.backend.as_deref().is_none_or(|backend| backend == contest.backend));
     contests.retain_mut(|contest| {
         contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));

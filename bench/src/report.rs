@@ -82,7 +82,7 @@ pub(crate) fn quantile(sorted: &[f64], part: f64) -> f64 {
 
 /// Prints all rows: medians, the range, and how ours compares.
 pub(crate) fn print(rows: &[Row]) {
-    println!("\n{:<9} {:<14} {:<16} {:>11} {:>24}   ours is", "backend", "setting", "party", "median", "min to max");
+    println!("\n{:<9} {:<20} {:<16} {:>11} {:>24}   ours is", "backend", "setting", "party", "median", "min to max");
     let mut before = "";
     for row in rows {
         if row.setting != before {
@@ -97,7 +97,7 @@ pub(crate) fn print(rows: &[Row]) {
         };
         let range = format!("{} to {}", row.unit.shown(row.min), row.unit.shown(row.max));
         let median = row.unit.shown(row.median);
-        println!("{:<9} {:<14} {:<16} {median:>11} {range:>24}   {ratio}", row.backend, row.setting, row.party);
+        println!("{:<9} {:<20} {:<16} {median:>11} {range:>24}   {ratio}", row.backend, row.setting, row.party);
     }
 }
 

@@ -226,7 +226,13 @@ pub trait Raw: Send + Sync {
 
 /// Why nothing of a harness can run although the environment requires it, by `PUBSUB_REQUIRE`.
 pub fn missing(harness: &dyn Harness) -> Option<String> {
+    missing_server(harness.name(), harness.unavailable())
+}
+
+/// `PUBSUB_REQUIRE` names harnesses, or what several of them need and have in their names: `redis` is also about `cache-redis`.
+pub(crate) fn missing_server(name: &str, unavailable: Option<String>) -> Option<String> {
     let required = std::env::var("PUBSUB_REQUIRE").unwrap_or_default();
-    let is_required = required.split(',').any(|name| name.trim() == harness.name());
-    harness.unavailable().filter(|_| is_required).map(|why| format!("{} is required, and {why}", harness.name()))
+    let is_named = |required: &str| required == name || name.split('-').any(|part| part == required);
+    let is_required = required.split(',').any(|required| is_named(required.trim()));
+    unavailable.filter(|_| is_required).map(|why| format!("{name} is required, and {why}"))
 }

@@ -57,7 +57,7 @@ assert_eq!(report.failures().count(), 0, "{report}");
 //! | --- | --- |
 //! | `CONFORMANCE_STRESS=n` | each property runs `n` times, each time with another seed |
 //! | `CONFORMANCE_SEED=n` | the seed of the first round, as a failure tells it |
-//! | `PUBSUB_REQUIRE=a,b` | harnesses whose server has to be there: without it they fail, where they would be ignored |
+//! | `PUBSUB_REQUIRE=a,b` | harnesses, by name or part of it, whose server has to be there: without it they fail, where they would be ignored |
 //! | `CONFORMANCE_BLESS=1` | expectation files are written instead of compared |
 
 mod ctx;

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pubsub_conformance::harnesses::{UnixHarness, is_other_unix_process, other_unix_process};
+use pubsub_conformance::harnesses::{UnixHarness, is_other_process, other_process};
 
 fn main() -> ExitCode {
-    if is_other_unix_process() {
-        return other_unix_process();
+    if is_other_process() {
+        return other_process();
     }
     let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
     pubsub_conformance::main(Some(&expectations), [Arc::new(UnixHarness::new()) as _])

@@ -88,7 +88,7 @@ fn per_subscription(before: f64) -> Result<f64, BoxError> {
 }
 
 /// Resident bytes of this process, as Linux counts them.
-fn resident() -> Result<f64, BoxError> {
+pub(crate) fn resident() -> Result<f64, BoxError> {
     let status = std::fs::read_to_string("/proc/self/status").map_err(|error| format!("/proc/self/status: {error}"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("/proc/self/status has no VmRSS")?;
     let kilobytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;

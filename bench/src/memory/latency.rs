@@ -36,7 +36,7 @@ fn rounded(time: Duration) -> Duration {
 }
 
 /// Gives the median and the 99th percentile, in microseconds.
-async fn play<P: Publish, R: Receive>(setup: Setup<P, R>, time: Duration) -> Result<Vec<f64>, BoxError> {
+pub(crate) async fn play<P: Publish, R: Receive>(setup: Setup<P, R>, time: Duration) -> Result<Vec<f64>, BoxError> {
     let Setup { mut publisher, mut subscribers, handles } = setup;
     let mut subscriber = subscribers.pop().ok_or("there is one subscriber")?;
     let count = (rounded(time).as_micros() / TICK.as_micros()) as u64;
@@ -63,6 +63,7 @@ async fn play<P: Publish, R: Receive>(setup: Setup<P, R>, time: Duration) -> Res
             sent[number as usize].store(nanos(), Ordering::Release);
             publisher.publish(event).await?;
         }
+        publisher.finish(count).await?;
         Ok::<_, BoxError>(())
     });
     publisher.await??;

@@ -14,6 +14,12 @@ use crate::event::QUEUE;
 /// Where a publisher puts its events. Dropped when the publisher has ended.
 pub(crate) trait Publish: Send + 'static {
     fn publish(&mut self, event: Arc<Event>) -> impl Future<Output = Result<(), BoxError>> + Send;
+
+    /// That was all, so many: what is still on its way is waited for.
+    fn finish(&mut self, published: u64) -> impl Future<Output = Result<(), BoxError>> + Send {
+        let _ = published;
+        std::future::ready(Ok(()))
+    }
 }
 
 /// Where a subscriber takes its events from.

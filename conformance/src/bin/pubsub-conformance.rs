@@ -25,11 +25,8 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    if harnesses::redis::is_other_process() {
-        return harnesses::redis::other_process();
-    }
-    if harnesses::is_other_unix_process() {
-        return harnesses::other_unix_process();
+    if harnesses::is_other_process() {
+        return harnesses::other_process();
     }
     match run(&Options::parse()) {
         Ok(true) => ExitCode::SUCCESS,

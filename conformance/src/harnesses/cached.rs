@@ -1,27 +1,37 @@
-//! The replay decorator over another harness's bus, with a store that all instances share.
+//! The replay decorator over another harness's bus, each instance with a handle of its own on one store.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pubsub_cache::{CachingPubSub, InMemoryServerCache};
+use pubsub_cache::CachingPubSub;
 use pubsub_core::{Capabilities, Deduplication, PubSub, Result, Retention};
 
+use super::MemoryStoreHarness;
+use crate::stores::StoreHarness;
 use crate::{Faults, Harness, Inline, Probe, Processes, Raw, Timing};
 
-/// How far back the store of this harness recognises a repeat.
+/// How far back the stores here recognise a repeat.
 const WINDOW: usize = 1000;
 
-/// Another harness's bus, with the replay decorator over each instance: `cache-` and the other's name.
+/// Another harness's bus, with the replay decorator over each instance: `cache-` and the other's name, and, if it is not the store within
+/// the process, `-with-` and the store's.
 pub struct CachedHarness {
     name: String,
     inner: Arc<dyn Harness>,
-    store: Arc<InMemoryServerCache>,
+    store: Arc<dyn StoreHarness>,
+    /// Whether appending waits for nothing, so that a publish can call handlers within itself.
+    at_once: bool,
 }
 
 impl CachedHarness {
-    /// The decorator over each instance of a harness.
+    /// The decorator over each instance of a harness, with the store within the process.
     pub fn over(inner: Arc<dyn Harness>) -> Self {
-        Self { name: format!("cache-{}", inner.name()), inner, store: Arc::default() }
+        Self { name: format!("cache-{}", inner.name()), inner, store: Arc::new(MemoryStoreHarness::default()), at_once: true }
+    }
+
+    /// The decorator over each instance of a harness, each with a connection of its own to this store, which is elsewhere.
+    pub fn with(inner: Arc<dyn Harness>, store: Arc<dyn StoreHarness>) -> Self {
+        Self { name: format!("cache-{}-with-{}", inner.name(), store.name()), inner, store, at_once: false }
     }
 }
 
@@ -32,7 +42,7 @@ impl Harness for CachedHarness {
     }
 
     fn unavailable(&self) -> Option<String> {
-        self.inner.unavailable()
+        self.inner.unavailable().or_else(|| self.store.unavailable())
     }
 
     fn declared(&self) -> Capabilities {
@@ -51,11 +61,12 @@ impl Harness for CachedHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self::over(self.inner.fresh().await?)))
+        let (inner, store) = (self.inner.fresh().await?, self.store.fresh().await?);
+        Ok(Arc::new(Self { name: self.name.clone(), inner, store, at_once: self.at_once }))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
-        Ok(Arc::new(CachingPubSub::new(self.inner.connect().await?, self.store.clone())))
+        Ok(Arc::new(CachingPubSub::new(self.inner.connect().await?, self.store.connect().await?)))
     }
 
     fn timing(&self) -> Timing {
@@ -87,6 +98,6 @@ impl Harness for CachedHarness {
     }
 
     fn inline(&self) -> Option<&dyn Inline> {
-        self.inner.inline()
+        self.inner.inline().filter(|_| self.at_once)
     }
 }

@@ -4,7 +4,8 @@ mod cached;
 mod emitter;
 mod guarantees;
 mod memory_store;
-pub mod redis;
+mod process;
+mod redis;
 mod slow_remote;
 mod unix;
 
@@ -14,9 +15,10 @@ pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
 pub use guarantees::guarantees;
 pub use memory_store::MemoryStoreHarness;
-pub use redis::RedisHarness;
+pub use process::{is_other_process, other_process};
+pub use redis::{RedisClusterHarness, RedisHarness, RedisStoreHarness};
 pub use slow_remote::SlowRemoteHarness;
-pub use unix::{UnixHarness, is_other_unix_process, other_unix_process};
+pub use unix::UnixHarness;
 
 use crate::Harness;
 use crate::stores::StoreHarness;
@@ -34,10 +36,17 @@ pub fn all() -> Vec<Arc<dyn Harness>> {
         Arc::new(RedisHarness::default()),
     ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
-    backends.into_iter().chain(cached).collect()
+    let cluster = Arc::new(RedisClusterHarness::default()) as Arc<dyn Harness>;
+    backends.into_iter().chain([cluster]).chain(cached).chain(cached_on_redis()).collect()
+}
+
+/// The replay decorator with the store on Redis, over the bus within the process and over that on Redis.
+pub fn cached_on_redis() -> [Arc<dyn Harness>; 2] {
+    let buses: [Arc<dyn Harness>; 2] = [Arc::new(EmitterHarness::plain()), Arc::new(RedisHarness::default())];
+    buses.map(|bus| Arc::new(CachedHarness::with(bus, Arc::new(RedisStoreHarness::default()))) as _)
 }
 
 /// All stores.
 pub fn stores() -> Vec<Arc<dyn StoreHarness>> {
-    vec![Arc::new(MemoryStoreHarness::default())]
+    vec![Arc::new(MemoryStoreHarness::default()), Arc::new(RedisStoreHarness::default())]
 }

@@ -45,6 +45,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use pubsub_cache::ServerCache;
 use pubsub_core::Result;
 
+use crate::harness::missing_server;
 use crate::suite::{AT_A_TIME, Settings, within};
 use crate::{Outcome, PropertyReport, Report, Verdict};
 
@@ -53,6 +54,11 @@ use crate::{Outcome, PropertyReport, Report, Verdict};
 pub trait StoreHarness: Send + Sync + 'static {
     /// The name in reports.
     fn name(&self) -> &str;
+
+    /// Why it cannot be tested here, if it cannot: a server that is not installed.
+    fn unavailable(&self) -> Option<String> {
+        None
+    }
 
     /// The same kind of harness over another store: nothing kept in one is in the other.
     ///
@@ -98,8 +104,9 @@ struct Property {
 
 impl Property {
     /// Why it does not run over this store, or none if it does.
-    fn ignored(&self, harness: &dyn StoreHarness) -> Option<&'static str> {
-        (self.restarts && !harness.restarts()).then_some("is about stores that outlive their process")
+    fn ignored(&self, harness: &dyn StoreHarness) -> Option<String> {
+        let outlives = !self.restarts || harness.restarts();
+        harness.unavailable().or_else(|| (!outlives).then(|| "is about stores that outlive their process".to_owned()))
     }
 }
 
@@ -107,7 +114,7 @@ impl Property {
 fn outcome(harness: &Arc<dyn StoreHarness>, property: &Property) -> (Outcome, Duration) {
     let start = Instant::now();
     if let Some(reason) = property.ignored(&**harness) {
-        return (Outcome::Ignored(reason.to_owned()), start.elapsed());
+        return (Outcome::Ignored(reason), start.elapsed());
     }
     for round in 0..Settings::from_env().rounds {
         let (harness, run) = (harness.clone(), property.run);
@@ -138,15 +145,17 @@ pub fn main(harnesses: impl IntoIterator<Item = Arc<dyn StoreHarness>>) -> ExitC
     arguments.test_threads.get_or_insert(AT_A_TIME);
     let mut trials = Vec::new();
     for harness in harnesses {
+        let missing = missing_server(harness.name(), harness.unavailable());
         for property in properties::all() {
-            let ignored = property.ignored(&*harness);
-            let reason = ignored.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            let (ignored, missing) = (property.ignored(&*harness).filter(|_| missing.is_none()), missing.clone());
+            let reason = ignored.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
             let title = format!("{}::{} {}{reason}", harness.name(), property.id, property.title);
             let harness = harness.clone();
-            let trial = Trial::test(title, move || match outcome(&harness, &property).0 {
-                Outcome::Pass => Ok(()),
-                Outcome::Fail(why) | Outcome::Ignored(why) => Err(Failed::from(why)),
-            });
+            let trial =
+                Trial::test(title, move || match missing.map_or_else(|| outcome(&harness, &property).0, Outcome::Fail) {
+                    Outcome::Pass => Ok(()),
+                    Outcome::Fail(why) | Outcome::Ignored(why) => Err(Failed::from(why)),
+                });
             trials.push(trial.with_ignored_flag(ignored.is_some()));
         }
     }

@@ -51,8 +51,8 @@
 //! - **Dead letters** go to the bus below, which keeps and redrives them as it does those of others.
 //! - **Leases, batches, inline handlers** are those of the bus below.
 //!
-//! Publishers and listeners may use different instances, in different processes, over one store that both reach. Where they use
-//! different stores, events pass live and cannot be resumed from; a warning says so once per subscription.
+//! Publishers and listeners may use different instances, in different processes, over one store that both reach, such as the
+//! `RedisServerCache` of `pubsub-redis`. Where they use different stores, events pass live and cannot be resumed from; a warning says so once per subscription.
 //!
 //! # Configuration
 //!

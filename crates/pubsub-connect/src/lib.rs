@@ -17,7 +17,10 @@
 //! | `memory:NAME` | within the process, shared by all who connect to that name | `memory` (default) |
 //! | `unix:PATH`, relative or absolute | among the processes of the host that name the socket at that path | `unix` |
 //! | `redis://[user:password@]host[:port][/database]` | over a Redis server, 7.0 or later | `redis` |
-//! | `rediss://...` | the same, encrypted | `rediss` |
+//! | `redis+unix:PATH` | the same, by the server's socket | `redis` |
+//! | `redis-sentinel://[user:password@]host[:port][/database]?service=NAME` | over the master that sentinels name, through fail-overs | `redis` |
+//! | `redis-cluster://[user:password@]host[:port]` | over a cluster that this node is one of | `redis` |
+//! | `rediss://...`, `rediss-sentinel://...`, `rediss-cluster://...` | the same, encrypted | `rediss` |
 //!
 //! Backends of your own join by a [`Registry`].
 //!
@@ -25,15 +28,18 @@
 //!
 //! They follow a `?`, under the names and with the defaults of the backend's builder; see [`BusUrl`] for how values are written.
 //! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`; `unix:` takes
-//! `publish_timeout`, `max_payload`, `max_events`, `max_bytes`, `grace`, `hang_timeout`, `max_peer_bytes` and `sync`; `redis:` and
-//! `rediss:` take `prefix`, `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`,
-//! `command_timeout`, `reclaim_after` and `linger`. Every URL takes
+//! `publish_timeout`, `max_payload`, `max_events`, `max_bytes`, `grace`, `hang_timeout`, `max_peer_bytes` and `sync`; those of Redis
+//! take `prefix`, `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`,
+//! `command_timeout`, `reclaim_after` and `linger`; `redis+unix:` also `database`; those of sentinels and clusters also `nodes`
+//! (further ones, as `host:port`, separated by commas), those of sentinels `sentinel_username` and `sentinel_password`; encrypted ones `ca`, a file of the certificates to
+//! trust instead of the system's. Every URL takes
 //!
 //! - `replay=memory` or `replay=URL`, with the cargo feature `replay`: the bus keeps its events in a store, numbers them, and replays
 //!   them (clauses R1 to R6). `memory` is a store within the process, of the bus's own; if the bus is `memory:NAME`, all who connect to
 //!   that name with the same bounds share it. A URL names a store: `memory:NAME` is one that anybody in the process can share, with the
 //!   options `max_events`, `max_bytes`, `max_age`, `max_topics`, `max_values` and `window`, percent-encoded like the URL. Publishers
-//!   and listeners in different processes need a store that both reach. With `replay` come `on_store_failure` (`continue` or `fail`)
+//!   and listeners in different processes need a store that both reach: the URL of a Redis server, with the options `prefix`,
+//!   `max_events`, `max_age`, `window`, `max_list`, `idle_ttl`, `max_payload` and `command_timeout`. With `replay` come `on_store_failure` (`continue` or `fail`)
 //!   and `store_timeout`.
 //! - `leases=URL`: leases come from another bus (clause L4), which is connected too and closed with this one. The URL is
 //!   percent-encoded, so that its own options stay its own; buses lend to each other at most [`MAX_NESTING`] deep.

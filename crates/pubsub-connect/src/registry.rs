@@ -19,8 +19,18 @@ use crate::{BusUrl, leases};
 pub const MAX_NESTING: usize = 4;
 
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
-const BACKENDS: &[(&str, Option<&str>)] =
-    &[("memory", Some("memory")), ("unix", Some("unix")), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", None)];
+const BACKENDS: &[(&str, Option<&str>)] = &[
+    ("memory", Some("memory")),
+    ("unix", Some("unix")),
+    ("redis", Some("redis")),
+    ("redis+unix", Some("redis")),
+    ("redis-sentinel", Some("redis")),
+    ("redis-cluster", Some("redis")),
+    ("rediss", Some("rediss")),
+    ("rediss-sentinel", Some("rediss")),
+    ("rediss-cluster", Some("rediss")),
+    ("gcp", None),
+];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
 
@@ -66,9 +76,18 @@ impl Registry {
         #[cfg(feature = "replay")]
         let registry = registry.with_store("memory", crate::replay::memory);
         #[cfg(feature = "redis")]
-        let registry = registry.with("redis", crate::redis::redis);
+        let registry = registry.with_redis(crate::redis::PLAIN);
         #[cfg(feature = "rediss")]
-        let registry = registry.with("rediss", crate::redis::redis);
+        let registry = registry.with_redis(crate::redis::ENCRYPTED);
+        registry
+    }
+
+    /// Adds Redis under these schemes, as a bus and as a store.
+    #[cfg(feature = "redis")]
+    fn with_redis(self, schemes: &[&str]) -> Self {
+        let registry = schemes.iter().fold(self, |registry, scheme| registry.with(scheme, crate::redis::redis));
+        #[cfg(feature = "replay")]
+        let registry = schemes.iter().fold(registry, |registry, scheme| registry.with_store(scheme, crate::redis::store));
         registry
     }
 

@@ -227,7 +227,7 @@ fn secrets_stay_secret() {
             "memory:?leases=count%3A%2F%2Fuser%3As3cr3t%40host%3Fkey=s3cr3t",
             "memory:?leases=count%3A%2F%2Fuser%3As3cr3t%40host",
             "memory:?leases=user:s3cr3t@host",
-            "memory:?replay=redis%3A%2F%2Fuser%3As3cr3t%40host",
+            "memory:?replay=nowhere%3A%2F%2Fuser%3As3cr3t%40host",
         ] {
             match registry.connect(url).now_or_never().expect("these connect at once") {
                 Ok(bus) => told += &format!("{bus:?}\n"),
@@ -302,6 +302,29 @@ async fn what_is_wrong_with_a_redis_url_is_named() {
         ("redis://h?idle_ttl=1s", "idle_ttl"),
         ("redis://h?reclaim_after=2m", "reclaim_after"),
         ("redis://h?linger=1h", "linger"),
+        ("redis+unix:", "url"),
+        ("redis+unix://h/a", "url"),
+        ("redis+unix:/a?database=x", "database"),
+        ("redis-sentinel:", "url"),
+        ("redis-sentinel://h", "service"),
+        ("redis-sentinel://h/x?service=s", "url"),
+        ("redis-sentinel://h?service=s&nodes=a,b:c", "nodes"),
+        ("redis-sentinel://h?service=s&sentinel_user=a", "sentinel_user"),
+        ("redis-cluster:", "url"),
+        ("redis-cluster://h/1", "url"),
+        ("redis-cluster://h?nodes=:x", "nodes"),
+        #[cfg(feature = "rediss")]
+        ("rediss://h?ca=/nowhere", "ca"),
+        #[cfg(feature = "rediss")]
+        ("rediss://h?ca=Cargo.toml", "ca"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=redis%3A%2F%2Fh%3Fmax_events=0", "max_events"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=redis%3A%2F%2Fh%3Fmax_events=few", "max_events"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=redis%3A%2F%2Fh%3Fmax_topics=3", "max_topics"),
+        #[cfg(feature = "replay")]
+        ("memory:?replay=redis%3A%2F%2Fh%3Fidle_ttl=1s", "idle_ttl"),
     ] {
         let error = refused(url).await;
         assert!(matches!(error.kind(), ErrorKind::InvalidOption { option: named, .. } if named == option), "{url}: {error}");
@@ -311,6 +334,14 @@ async fn what_is_wrong_with_a_redis_url_is_named() {
     let error = refused(&format!("redis://user:s3cr3t@127.0.0.1:{port}/1?max_len=none&max_age=1h&command_timeout=1s")).await;
     assert_eq!(error.kind(), &ErrorKind::Unavailable);
     assert!(!format!("{error} {error:?}").contains("s3cr3t"));
+    #[cfg(feature = "replay")]
+    {
+        let store =
+            format!("redis%3A%2F%2Fuser%3As3cr3t%40127.0.0.1%3A{port}%3Fmax_age=1h%26window=10%26max_list=9%26prefix=p");
+        let error = refused(&format!("memory:?replay={store}")).await;
+        assert_eq!((error.kind(), error.subject()), (&ErrorKind::Unavailable, Some("replay")), "{error:?}");
+        assert!(!format!("{error} {error:?}").contains("s3cr3t"));
+    }
 }
 
 #[cfg(feature = "unix")]

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use pubsub_core::{Error, Result};
 
-use crate::RedisStreamsPubSub;
 use crate::keys::tag_of;
 use crate::node::Node;
+use crate::{RedisServer, RedisStreamsPubSub};
 
 /// The longest `reclaim_after`: TypeScript members take over what has been idle for a minute.
 const LONGEST_RECLAIM: Duration = Duration::from_secs(60);
@@ -17,7 +17,7 @@ const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Configures a [`RedisStreamsPubSub`]. Its `Debug` shows no credentials.
 #[derive(Clone)]
 pub struct RedisBuilder {
-    pub(crate) server: fred::types::config::Config,
+    pub(crate) server: RedisServer,
     pub(crate) prefix: String,
     pub(crate) max_len: Option<u64>,
     pub(crate) max_age: Option<Duration>,
@@ -30,7 +30,7 @@ pub struct RedisBuilder {
 }
 
 impl RedisBuilder {
-    pub(crate) fn new(server: fred::types::config::Config) -> Self {
+    pub(crate) fn new(server: RedisServer) -> Self {
         Self {
             server,
             prefix: "mastra:topic".into(),
@@ -43,39 +43,6 @@ impl RedisBuilder {
             reclaim_after: LONGEST_RECLAIM,
             linger: Duration::from_millis(100),
         }
-    }
-
-    /// Who to log in as (nobody; with a password alone, the server's default user).
-    #[must_use]
-    pub fn username(mut self, username: impl Into<String>) -> Self {
-        self.server.username = Some(username.into());
-        self
-    }
-
-    /// The password (none). It appears in no error, no `Debug` output and no log.
-    #[must_use]
-    pub fn password(mut self, password: impl Into<String>) -> Self {
-        self.server.password = Some(password.into());
-        self
-    }
-
-    /// The number of the database (0).
-    #[must_use]
-    pub fn database(mut self, number: u8) -> Self {
-        self.server.database = Some(number);
-        self
-    }
-
-    /// Encrypts connections, and trusts whom the system trusts (off).
-    ///
-    /// # Errors
-    /// `InvalidOption` if the system's certificates cannot be read.
-    #[cfg(feature = "tls")]
-    pub fn tls(mut self) -> Result<Self> {
-        let connector = fred::types::config::TlsConnector::default_rustls();
-        let refuse = |error: fred::error::Error| Error::invalid_option("tls", "has no certificates to trust").caused_by(error);
-        self.server.tls = Some(connector.map_err(refuse)?.into());
-        Ok(self)
     }
 
     /// What all keys begin with (`mastra:topic`). Buses with different prefixes do not know each other.
@@ -155,7 +122,12 @@ impl RedisBuilder {
         Node::connect(self).await.map(RedisStreamsPubSub::on).map_err(|error| error.during("connect"))
     }
 
-    fn validate(&self) -> Result<()> {
+    /// The same at a node of a cluster.
+    pub(crate) fn at(&self, place: &crate::cluster::Place) -> Self {
+        Self { server: self.server.at(place), ..self.clone() }
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
         if self.prefix.is_empty() || self.prefix.len() > 255 || self.prefix.chars().any(char::is_control) {
             return Err(Error::invalid_option("prefix", "takes 1 to 255 bytes without control characters"));
         }
@@ -203,6 +175,7 @@ impl RedisBuilder {
 impl fmt::Debug for RedisBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisBuilder")
+            .field("server", &self.server)
             .field("prefix", &self.prefix)
             .field("max_len", &self.max_len)
             .field("max_age", &self.max_age)
@@ -224,7 +197,7 @@ mod tests {
 
     #[test]
     fn each_refusal_names_its_option() {
-        let builder = || RedisBuilder::new(fred::types::config::Config::default());
+        let builder = || RedisBuilder::new(RedisServer::new("127.0.0.1", 1));
         let zero = Duration::ZERO;
         for (refused, named) in [
             (builder().prefix(""), "prefix"),

@@ -1,34 +1,36 @@
 //! A topic as one instance sees it: who follows it here, and up to where each has what.
 //!
-//! One reader follows the ends of all topics. A subscription that cannot take what comes, or starts earlier, follows by itself with
-//! plain range reads until it has reached the reader's position, and then goes on with it. Positions are kept here and nowhere else.
+//! One reader follows the ends of all topics, and reads no further than somebody takes: a stream retains. What it has read is decoded
+//! once and kept in a window, from which subscriptions take as they have room. Who falls out of the window, or starts earlier, follows
+//! by itself until it has reached the window again. Positions are kept here and nowhere else.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_core::machinery::{self, Aftermath, DeliveryQueue};
-use pubsub_core::{
-    AckMode, Control, Delivery, Error, Event, Result, Scope, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
-    Topic, dead_letter,
-};
+use pubsub_core::{Error, Event, Result, Scope, Topic, dead_letter};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::entry::{Content, Entry, EntryId};
 use crate::errors::Fault;
+use crate::follower::Follower;
 use crate::link::{Cmd, Link};
-use crate::look::{Look, look};
-use crate::node::{INSTANCE, Node};
+use crate::look::Look;
+use crate::node::Node;
+use crate::page::{Page, Request, read_pages};
 use crate::pause::Pause;
 use crate::reply;
+use crate::window::{Item, Read, Window};
 
-/// How many entries are read at a time.
+/// The most entries that are read at a time.
 pub(crate) const PAGE: usize = 250;
+
+/// How long the reader waits for who would fall out of the window, once, before it reads on without them.
+pub(crate) const GRACE: Duration = Duration::from_millis(5);
 
 /// How often a drain looks whether more was published meanwhile.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -46,8 +48,14 @@ pub(crate) struct Channel {
 
 #[derive(Default)]
 struct State {
-    /// Up to where the reader has read.
-    at: EntryId,
+    /// What the reader has read.
+    window: Window,
+    /// There may be more behind it than what comes next tells, or something may have been lost: to be read with care.
+    behind: bool,
+    /// The reader was told that there is enough for now.
+    paused: bool,
+    /// Until when it waits for who would fall out of the window.
+    waits_until: Option<Instant>,
     followers: Vec<Following>,
     /// The local queues of groups.
     locals: Vec<Arc<DeliveryQueue>>,
@@ -59,8 +67,28 @@ struct Following {
     at: EntryId,
     /// How many entries had been added up to there, where that is known.
     index: Option<u64>,
-    /// Whether it goes with the reader.
-    live: bool,
+    /// The place in the window of what it takes next; none while it follows by itself.
+    next: Option<u64>,
+}
+
+/// What a topic wants of the reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Read(Want),
+    /// To be asked again in [`GRACE`], or when somebody has taken something; and whether this is the first to say so.
+    Later {
+        first: bool,
+    },
+    /// Nothing, until somebody takes something.
+    Nothing,
+}
+
+/// What is to be read of a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Want {
+    pub(crate) from: EntryId,
+    /// Whether by a read that tells what was lost, and does not block.
+    pub(crate) careful: bool,
 }
 
 impl Channel {
@@ -69,10 +97,19 @@ impl Channel {
         Arc::new(Self { topic, stream, scope, state, moved, warned })
     }
 
-    /// From where the reader is to read on, if anybody goes with it.
-    pub(crate) fn wanted(&self) -> Option<EntryId> {
-        let state = self.state.lock();
-        state.followers.iter().any(|following| following.live).then_some(state.at)
+    /// What the reader is to read.
+    pub(crate) fn wanted(&self) -> Wish {
+        let mut state = self.state.lock();
+        let wish = state.wish();
+        if !matches!(wish, Wish::Read(_)) {
+            (state.paused, state.behind) = (true, true);
+        }
+        wish
+    }
+
+    /// Something may have been missed: it is to be read with care.
+    pub(crate) fn suspect(&self) {
+        self.state.lock().behind = true;
     }
 
     /// How many follow.
@@ -97,17 +134,23 @@ impl Channel {
     /// Starts to follow behind an entry. Returns whether it goes with the reader at once.
     pub(crate) fn follow(&self, follower: &Arc<Follower>, at: EntryId, look: &Look) -> bool {
         let mut state = self.state.lock();
-        let live = at == look.last && at >= state.at;
-        if live && !state.followers.iter().any(|following| following.live) {
-            state.at = at;
-        }
         let index = look.read_at(at);
-        state.followers.push(Following { follower: follower.clone(), at, index, live });
+        let mut following = Following { follower: follower.clone(), at, index, next: None };
+        if at == look.last && (at >= state.window.at() || !state.is_followed()) {
+            state.admit(&mut following);
+        }
+        let live = following.next.is_some();
+        state.followers.push(following);
         live
     }
 
-    fn unfollow(&self, follower: &Arc<Follower>) {
-        self.state.lock().followers.retain(|following| !Arc::ptr_eq(&following.follower, follower));
+    pub(crate) fn unfollow(&self, follower: &Follower) {
+        {
+            let mut state = self.state.lock();
+            if let Some(place) = state.place(follower) {
+                state.followers.swap_remove(place);
+            }
+        }
         self.moved.notify_waiters();
     }
 
@@ -144,20 +187,39 @@ impl Channel {
         count
     }
 
-    /// Hands what the reader has read to all who go with it.
-    pub(crate) fn dispatch(self: &Arc<Self>, entries: &[Entry], node: &Arc<Node>) {
-        let Some(last) = entries.last() else { return };
+    /// Takes what the reader has read, of which so many were asked for, and hands it to all who go with it. Returns whether there is
+    /// certainly more to read.
+    pub(crate) fn dispatch(self: &Arc<Self>, want: Want, page: Page, asked: usize, node: &Arc<Node>) -> bool {
         let (mut aftermath, mut behind, mut malformed) = (Aftermath::new(), Vec::new(), Vec::new());
+        let more = page.entries.len() >= asked;
         {
             let mut state = self.state.lock();
-            state.at = state.at.max(last.id);
-            for following in state.followers.iter_mut().filter(|following| following.live) {
-                let new = entries.partition_point(|entry| entry.id <= following.at);
-                if self.hand(following, &entries[new..], &mut aftermath, &mut malformed) < entries.len() - new {
-                    following.live = false;
+            if state.window.at() != want.from {
+                return true; // it has been begun anew meanwhile
+            }
+            let State { window, followers, .. } = &mut *state;
+            if let Some(known) = page.known {
+                let end = window.end();
+                if window.correct(known.added, known.trimmed) {
+                    // Whatever is lost now was lost of the stream that has taken its place.
+                    followers.iter_mut().for_each(|following| following.index = (following.next == Some(end)).then_some(0));
+                }
+            }
+            page.entries.into_iter().for_each(|entry| window.push(entry, &self.scope));
+            let mut needed = window.end();
+            for following in &mut *followers {
+                following.take(window, &mut aftermath, &mut malformed);
+                needed = needed.min(following.next.unwrap_or(needed));
+            }
+            window.trim(needed);
+            for following in &mut *followers {
+                if following.next.is_some_and(|next| !window.has(next)) {
+                    following.next = None;
+                    following.follower.set_waiting(0);
                     behind.push(following.follower.clone());
                 }
             }
+            state.behind = more;
         }
         aftermath.finish();
         self.moved.notify_waiters();
@@ -165,34 +227,30 @@ impl Channel {
         for follower in behind {
             self.catch_up(follower, node);
         }
+        more
     }
 
-    /// Hands as much as there is room for to one follower, and returns how many that were.
-    fn hand(
-        &self,
-        following: &mut Following,
-        entries: &[Entry],
-        aftermath: &mut Aftermath,
-        malformed: &mut Vec<(Arc<Follower>, Entry)>,
-    ) -> usize {
-        let Following { follower, at, index, .. } = following;
-        let (mut room, mut count) = (follower.queue.room(), 0);
-        let mut pushed = Vec::with_capacity(entries.len().min(room));
-        for entry @ Entry { id, content } in entries {
-            match content {
-                Content::Event { .. } if room == 0 => break,
-                Content::Event { event, earlier } => {
-                    let entry = machinery::Entry::new(event.clone()).attempt(1 + earlier);
-                    pushed.push(entry.at(self.scope.clone(), id.position()));
-                    room -= 1;
-                }
-                Content::Malformed { .. } => malformed.push((follower.clone(), entry.clone())),
-            }
-            (*at, count) = (*id, count + 1);
+    /// Gives a follower, whose consumer asks, what waits for it in the window. Returns whether there was something.
+    pub(crate) fn give(self: &Arc<Self>, follower: &Follower, node: &Arc<Node>) -> bool {
+        let (mut aftermath, mut malformed) = (Aftermath::new(), Vec::new());
+        let (given, wanted) = {
+            let mut state = self.state.lock();
+            let Some(place) = state.place(follower) else { return false };
+            let State { window, followers, .. } = &mut *state;
+            let given = followers[place].take(window, &mut aftermath, &mut malformed);
+            let wanted = given && state.paused && state.has_appetite();
+            state.paused &= !wanted;
+            (given, wanted)
+        };
+        aftermath.finish();
+        if given {
+            self.moved.notify_waiters();
+            self.pass_over(malformed, node);
         }
-        *index = index.map(|index| index + count as u64);
-        follower.queue.push(pushed, aftermath);
-        count
+        if wanted {
+            node.readers().resume(self, node);
+        }
+        given
     }
 
     /// Settles out of the way what is no event: counted, logged once, and dead-lettered where there is a topic for that.
@@ -200,8 +258,7 @@ impl Channel {
         for (follower, entry) in malformed {
             let Content::Malformed { bytes, why } = &entry.content else { continue };
             self.warn(entry.id, why);
-            follower.malformed.fetch_add(1, Ordering::Relaxed);
-            if let Some(to) = &follower.options.dead_letter {
+            if let Some(to) = follower.passes_over() {
                 let stand_in = Entry::stand_in(entry.id, bytes);
                 let letter = dead_letter(&stand_in, &self.topic, None, 1, "not an event");
                 tokio::spawn(node.letters().bury(to.clone(), letter));
@@ -215,7 +272,7 @@ impl Channel {
         }
     }
 
-    /// Lets a follower read by itself until it has reached the reader.
+    /// Lets a follower read by itself until it has reached the window.
     pub(crate) fn catch_up(self: &Arc<Self>, follower: Arc<Follower>, node: &Arc<Node>) {
         let (channel, link, weak) = (self.clone(), node.link().clone(), Arc::downgrade(node));
         tokio::spawn(async move {
@@ -245,61 +302,54 @@ impl Channel {
         }
         let (from, reader) = {
             let state = self.state.lock();
-            (state.following(follower)?.at, state.at)
+            (state.followers[state.place(follower)?].at, state.window.at())
         };
         let count = follower.queue.room().min(PAGE);
-        let read = Cmd::new("XRANGE").key(&self.stream).arg(format!("({from}")).arg("+").arg("COUNT").number(count as u64);
-        let looked = match look(link, &self.stream, None).await {
-            Ok(looked) => looked,
-            Err(fault) => return Some(Err(fault)),
-        };
-        let entries = match link.call(read).await.and_then(reply::entries) {
-            Ok(entries) => entries,
+        let read = read_pages(link, &[Request { stream: &self.stream, from, count }]).await;
+        let page = match read.into_iter().next()? {
+            Ok(page) => page,
             Err(fault) => return Some(Err(fault)),
         };
         let node = node.upgrade()?;
-        let (mut aftermath, mut malformed, mut live) = (Aftermath::new(), Vec::new(), false);
-        {
+        let (mut aftermath, mut malformed) = (Aftermath::new(), Vec::new());
+        let live = {
             let mut state = self.state.lock();
-            let at = state.at;
-            let anybody_live = state.followers.iter().any(|following| following.live);
-            let following = state.followers.iter_mut().find(|following| Arc::ptr_eq(&following.follower, follower))?;
-            if looked.exists && looked.last < following.at {
+            let place = state.place(follower)?;
+            if page.known.is_some_and(|known| known.last < state.followers[place].at) {
                 // Another stream has taken its place, and the server's clock had been set back.
-                (following.at, following.index) = (EntryId::ZERO, None);
-                state.at = EntryId::ZERO;
+                state.start_over();
+                drop(state);
+                node.readers().look_again(self);
                 return Some(Ok(()));
             }
-            if let (Some(index), Some(trimmed)) = (following.index, looked.trimmed())
-                && trimmed > index
-                && let Some(next) = entries.first()
-            {
-                follower.lose(trimmed - index, next.id);
-                following.index = Some(trimmed);
-            }
-            let handed = self.hand(following, &entries, &mut aftermath, &mut malformed);
-            if handed == entries.len() && entries.len() < count {
+            let mut following = state.followers.swap_remove(place);
+            let complete = page.entries.len() < count;
+            if following.take_page(page, &self.scope, &mut aftermath, &mut malformed) && complete {
                 // It has all there was when it was read; the reader's entries up to then that are not among them are gone.
                 following.at = following.at.max(reader);
-                live = following.at >= at;
-                following.live = live;
-                if live && !anybody_live {
-                    state.at = state.following(follower)?.at;
-                }
+                state.admit(&mut following);
+            } else if state.is_followed() {
+                state.admit(&mut following);
             }
-        }
+            let live = following.next.is_some();
+            if live {
+                following.take(&state.window, &mut aftermath, &mut malformed);
+            }
+            state.followers.push(following);
+            live
+        };
         aftermath.finish();
         self.moved.notify_waiters();
         self.pass_over(malformed, &node);
         if live {
-            node.reader().want(self);
+            node.readers().want(self, &node);
             return None;
         }
         Some(Ok(()))
     }
 
     /// Waits until a follower has everything that was published before.
-    async fn reached(&self, follower: &Arc<Follower>, link: &Link) {
+    pub(crate) async fn reached(&self, follower: &Follower, link: &Link) {
         loop {
             let newest = Cmd::new("XREVRANGE").key(&self.stream).arg("+").arg("-").arg("COUNT").arg(1);
             let Ok(newest) = link.call(newest).await.and_then(reply::entries) else {
@@ -310,12 +360,15 @@ impl Channel {
                 continue;
             };
             let Some(newest) = newest.first().map(|entry| entry.id) else { return };
-            let until = tokio::time::Instant::now() + LOOK_AGAIN;
+            let until = Instant::now() + LOOK_AGAIN;
             loop {
                 let moved = self.moved.notified();
-                match self.state.lock().following(follower) {
-                    Some(following) if following.at < newest => {}
-                    _ => return,
+                {
+                    let state = self.state.lock();
+                    match state.place(follower) {
+                        Some(place) if state.followers[place].at < newest => {}
+                        _ => return,
+                    }
                 }
                 if tokio::time::timeout_at(until, moved).await.is_err() {
                     break; // what it waits for may have been deleted
@@ -326,156 +379,144 @@ impl Channel {
 }
 
 impl State {
-    fn following(&self, follower: &Arc<Follower>) -> Option<&Following> {
-        self.followers.iter().find(|following| Arc::ptr_eq(&following.follower, follower))
+    /// Whether anybody goes with the reader.
+    fn is_followed(&self) -> bool {
+        self.followers.iter().any(|following| following.next.is_some())
+    }
+
+    /// Whether somebody who goes with the reader has little left.
+    fn has_appetite(&self) -> bool {
+        let furthest = self.followers.iter().filter_map(|following| following.next).max();
+        furthest.is_some_and(|next| !self.window.is_enough(next))
+    }
+
+    /// Whether the reader is to read on: somebody who goes with it has little left, and nobody falls out of the window for it, or was
+    /// waited for already.
+    fn wish(&mut self) -> Wish {
+        if !self.has_appetite() {
+            return Wish::Nothing;
+        }
+        let want = Wish::Read(Want { from: self.window.at(), careful: self.behind });
+        let last = self.followers.iter().filter_map(|following| following.next).min().unwrap_or(self.window.end());
+        if !self.window.is_tight(last, PAGE) {
+            self.waits_until = None;
+            return want;
+        }
+        // Who is slow slows only itself: the others wait once, and not for long.
+        let now = Instant::now();
+        match self.waits_until {
+            Some(until) if until <= now => want,
+            Some(_) => Wish::Later { first: false },
+            None => {
+                self.waits_until = Some(now + GRACE);
+                Wish::Later { first: true }
+            }
+        }
+    }
+
+    /// Lets a follower go with the reader, whose window it has reached.
+    fn admit(&mut self, following: &mut Following) {
+        if !self.is_followed() {
+            self.window.restart(following.at, following.index);
+            self.behind = true;
+        }
+        following.next = self.window.behind(following.at);
+    }
+
+    /// Where a follower is in the list.
+    fn place(&self, follower: &Follower) -> Option<usize> {
+        let is = |following: &Following| std::ptr::eq(&*following.follower, follower);
+        let place = follower.place();
+        if self.followers.get(place).is_some_and(is) {
+            return Some(place);
+        }
+        let place = self.followers.iter().position(is)?;
+        follower.set_place(place);
+        Some(place)
+    }
+
+    /// Everybody begins at the start of another stream.
+    fn start_over(&mut self) {
+        self.window.restart(EntryId::ZERO, None);
+        self.behind = true;
+        for following in &mut self.followers {
+            (following.at, following.index) = (EntryId::ZERO, None);
+            following.next = following.next.map(|_| self.window.end());
+            following.follower.set_waiting(0);
+        }
+    }
+}
+
+impl Following {
+    /// Takes what the window has for it and its queue has room for. Returns whether it took anything.
+    fn take(&mut self, window: &Window, aftermath: &mut Aftermath, malformed: &mut Vec<(Arc<Follower>, Entry)>) -> bool {
+        let Some(first) = self.next else { return false };
+        // It may have started further on than the reader had read.
+        let mut next = first + window.from(first).take_while(|read| read.id <= self.at).count() as u64;
+        loop {
+            let (from, mut room) = (next, self.follower.queue.room());
+            for read in window.from(from) {
+                match &read.item {
+                    Item::Event(_) if room == 0 => break,
+                    Item::Event(_) => room -= 1,
+                    Item::Malformed(entry) => malformed.push((self.follower.clone(), entry.clone())),
+                }
+                self.pass(read);
+                next += 1;
+            }
+            let events = window.range(from, next).filter_map(|read| match &read.item {
+                Item::Event(entry) => Some(entry.clone()),
+                Item::Malformed(_) => None,
+            });
+            self.follower.queue.push(events, aftermath);
+            self.follower.set_waiting(window.end() - next);
+            // Ordered against a consumer that takes the last its queue has, and then looks whether something waits here.
+            fence(Ordering::SeqCst);
+            if next == window.end() || self.follower.queue.room() == 0 {
+                break;
+            }
+        }
+        self.next = Some(next);
+        next > first
+    }
+
+    /// Goes past an entry. What is missing right before it is lost.
+    fn pass(&mut self, read: &Read) {
+        let index = match (self.index, read.number) {
+            (Some(index), Some(number)) if number > index => {
+                self.follower.lose(number - index, read.id);
+                Some(number)
+            }
+            (index, number) => index.or(number),
+        };
+        (self.at, self.index) = (read.id, index.map(|index| index + 1));
+    }
+
+    /// Takes a page that was read on its own account. Returns whether it has all of it.
+    fn take_page(
+        &mut self,
+        page: Page,
+        scope: &Arc<Scope>,
+        aftermath: &mut Aftermath,
+        malformed: &mut Vec<(Arc<Follower>, Entry)>,
+    ) -> bool {
+        let mut window = Window::default();
+        window.restart(self.at, self.index);
+        if let Some(known) = page.known
+            && window.correct(known.added, known.trimmed)
+        {
+            self.index = Some(0);
+        }
+        page.entries.into_iter().for_each(|entry| window.push(entry, scope));
+        self.next = Some(0);
+        self.take(&window, aftermath, malformed);
+        self.follower.set_waiting(0);
+        self.next.take() == Some(window.end())
     }
 }
 
 impl fmt::Debug for Channel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Channel").field("topic", &self.topic).finish_non_exhaustive()
-    }
-}
-
-/// One fan-out subscription. All its settlement is local.
-pub(crate) struct Follower {
-    pub(crate) queue: Arc<DeliveryQueue>,
-    options: SubscribeOptions,
-    inner: SubscriptionHandle,
-    /// How many were lost before an entry, until it is handed over.
-    lost: Mutex<BTreeMap<EntryId, u64>>,
-    /// Whether `lost` holds anything.
-    lossy: AtomicBool,
-    lagged: AtomicU64,
-    malformed: AtomicU64,
-    ended: AtomicBool,
-    failed: Mutex<Option<Error>>,
-}
-
-impl Follower {
-    pub(crate) fn new(queue: Arc<DeliveryQueue>, options: SubscribeOptions, inner: SubscriptionHandle) -> Arc<Self> {
-        Arc::new(Self {
-            queue,
-            options,
-            inner,
-            lost: Mutex::default(),
-            lossy: AtomicBool::new(false),
-            lagged: AtomicU64::new(0),
-            malformed: AtomicU64::new(0),
-            ended: AtomicBool::new(false),
-            failed: Mutex::default(),
-        })
-    }
-
-    fn lose(&self, count: u64, before: EntryId) {
-        *self.lost.lock().entry(before).or_default() += count;
-        self.lossy.store(true, Ordering::Release);
-        self.lagged.fetch_add(count, Ordering::Relaxed);
-    }
-
-    pub(crate) fn is_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
-    }
-
-    /// Ends its stream with an error.
-    fn fail(&self, error: Error) {
-        self.failed.lock().get_or_insert(error);
-        self.inner.stop();
-    }
-}
-
-/// A follower and what it lives on: ends the following when it is dropped.
-pub(crate) struct Attachment {
-    follower: Arc<Follower>,
-    channel: Arc<Channel>,
-    node: Arc<Node>,
-}
-
-impl Attachment {
-    pub(crate) fn new(follower: Arc<Follower>, channel: Arc<Channel>, node: Arc<Node>) -> Arc<Self> {
-        Arc::new(Self { follower, channel, node })
-    }
-
-    /// Waits until nothing is left that only this instance could hand over, and nothing in its consumer's hands.
-    pub(crate) async fn relieved(&self) {
-        self.drained().await;
-    }
-
-    /// Ends it and takes back what is held. Returns how much was still queued, and how much was held.
-    pub(crate) fn cut_off(&self) -> (u64, u64) {
-        let queue = &self.follower.queue;
-        let released = queue.burden(INSTANCE).1;
-        self.end();
-        (released, queue.revoke(INSTANCE))
-    }
-
-    fn end(&self) {
-        if !self.follower.ended.swap(true, Ordering::AcqRel) {
-            self.follower.inner.stop();
-            self.channel.unfollow(&self.follower);
-            self.node.reader().leave();
-            self.node.tidy(&self.channel);
-        }
-    }
-}
-
-#[async_trait]
-impl Control for Attachment {
-    fn stop(&self) {
-        self.end();
-    }
-
-    async fn stopped(&self) {
-        // Ending is immediate: once `end` has returned, nothing can arrive. The connection goes with the last one.
-        self.node.reader().left().await;
-    }
-
-    async fn drained(&self) {
-        if !self.follower.is_ended() {
-            self.channel.reached(&self.follower, self.node.link()).await;
-        }
-        self.follower.queue.drained().await;
-    }
-
-    fn status(&self) -> SubscriptionStatus {
-        let mut status = self.follower.inner.status();
-        status.lagged += self.follower.lagged.load(Ordering::Relaxed);
-        status.dropped += self.follower.malformed.load(Ordering::Relaxed);
-        status
-    }
-}
-
-impl fmt::Debug for Attachment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Attachment").field("channel", &self.channel).finish_non_exhaustive()
-    }
-}
-
-/// A follower's stream.
-pub(crate) struct FollowerSource {
-    pub(crate) inner: Box<dyn Source>,
-    pub(crate) attachment: Arc<Attachment>,
-}
-
-impl Source for FollowerSource {
-    fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
-        let follower = &self.attachment.follower;
-        let Some(delivery) = ready!(self.inner.poll_next(cx, mode)).transpose()? else {
-            return Poll::Ready(follower.failed.lock().take().map(Err));
-        };
-        if !follower.lossy.load(Ordering::Acquire) || delivery.attempt() > 1 {
-            return Poll::Ready(Some(Ok(delivery)));
-        }
-        let mut lost = follower.lost.lock();
-        let at = delivery.cursor().map(|cursor| EntryId::from(cursor.position()));
-        let lagged = delivery.lagged() + at.and_then(|at| lost.remove(&at)).unwrap_or(0);
-        follower.lossy.store(!lost.is_empty(), Ordering::Release);
-        Poll::Ready(Some(Ok(delivery.after_losing(lagged))))
-    }
-}
-
-impl Drop for FollowerSource {
-    fn drop(&mut self) {
-        self.attachment.end();
     }
 }

@@ -9,9 +9,6 @@ use pubsub_core::{Event, EventId, Position, Timestamp, wire};
 
 /// The field that holds the event.
 pub(crate) const EVENT: &str = "event";
-/// The publisher, and the number it gave the event: how a publish whose outcome is unknown finds out.
-pub(crate) const PUBLISHER: &str = "p";
-pub(crate) const NUMBER: &str = "n";
 
 /// The id of a stream entry: the server's milliseconds, and a number within them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -27,6 +24,13 @@ impl EntryId {
 
     pub(crate) fn millis(self) -> u64 {
         self.0.major
+    }
+
+    /// All ids from this to another, if there are so many between them and they are consecutive.
+    pub(crate) fn to(self, last: Self, count: usize) -> Option<Vec<Self>> {
+        let Position { major, minor } = self.0;
+        let fits = major == last.0.major && last.0.minor.checked_sub(minor)?.checked_add(1)? == count as u64;
+        fits.then(|| (minor..=last.0.minor).map(|minor| Self(Position { major, minor })).collect())
     }
 }
 
@@ -60,6 +64,8 @@ impl FromStr for EntryId {
 pub(crate) struct Entry {
     pub(crate) id: EntryId,
     pub(crate) content: Content,
+    /// How many bytes of JSON it holds.
+    pub(crate) size: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -74,6 +80,7 @@ impl Entry {
     /// Reads an entry's fields.
     pub(crate) fn read(id: EntryId, fields: impl IntoIterator<Item = (Bytes, Bytes)>) -> Self {
         let field = fields.into_iter().find(|(name, _)| name == EVENT);
+        let size = field.as_ref().map_or(0, |(_, json)| json.len());
         let content = match field {
             None => Content::Malformed { bytes: Bytes::new(), why: "has no field `event`".into() },
             Some((_, json)) => match wire::decode(&json, stamp(id)) {
@@ -84,7 +91,7 @@ impl Entry {
                 Err(error) => Content::Malformed { bytes: json, why: error.to_string() },
             },
         };
-        Self { id, content }
+        Self { id, content, size }
     }
 
     /// An event that stands for what is no event, to be dead-lettered.

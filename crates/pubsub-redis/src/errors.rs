@@ -13,6 +13,8 @@ pub(crate) enum Fault {
     Unknown(String),
     /// The credentials were refused.
     Auth(String),
+    /// Whoever answers cannot be trusted.
+    Untrusted(String),
     /// It was not sent: too much waits already.
     Full,
     /// An answer that makes no sense.
@@ -25,6 +27,23 @@ impl Fault {
         matches!(self, Self::Refused(text) if text.split([' ', ':']).next() == Some(code))
     }
 
+    /// Whether the server says that there is no such key.
+    pub(crate) fn is_missing_key(&self) -> bool {
+        matches!(self, Self::Refused(text) if text.starts_with("ERR no such key"))
+    }
+
+    /// Whether the key is at another node of a cluster, or at none just now; nothing was done.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        ["MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"].iter().any(|code| self.is(code))
+    }
+
+    /// Where a key that has moved is said to be.
+    pub(crate) fn named_place(&self) -> Option<crate::cluster::Place> {
+        let Self::Refused(text) = self else { return None };
+        let (host, port) = text.split(' ').nth(2)?.rsplit_once(':')?;
+        Some((host.to_owned(), port.parse().ok()?))
+    }
+
     /// Whether the same command can succeed later without anything being changed.
     pub(crate) fn is_temporary(&self) -> bool {
         kind(self).is_retryable()
@@ -32,7 +51,7 @@ impl Fault {
 
     /// Whether the command may have been carried out.
     pub(crate) fn is_unknown(&self) -> bool {
-        !matches!(self, Self::Refused(_) | Self::Auth(_) | Self::Full)
+        !matches!(self, Self::Refused(_) | Self::Auth(_) | Self::Untrusted(_) | Self::Full)
     }
 }
 
@@ -53,6 +72,10 @@ impl From<fred::error::Error> for Fault {
                 }
             }
             Kind::Config | Kind::Url | Kind::InvalidArgument | Kind::InvalidCommand => Self::Refused(format!("ERR {details}")),
+            // The handshake's own errors come as those of the socket.
+            #[cfg(feature = "tls")]
+            Kind::Tls => Self::Untrusted(details.into()),
+            Kind::IO if details.contains("InvalidCertificate") => Self::Untrusted(details.into()),
             Kind::Parse | Kind::Protocol => Self::Nonsense("the answer could not be read"),
             _ => Self::Unknown(error.to_string()),
         }
@@ -68,6 +91,7 @@ fn has_code(details: &str) -> bool {
 fn kind(fault: &Fault) -> ErrorKind {
     match fault {
         Fault::Auth(_) => ErrorKind::Denied,
+        Fault::Untrusted(_) => ErrorKind::Backend("the server's certificate is not to be trusted".into()),
         Fault::Full => ErrorKind::Full,
         Fault::Unknown(_) => ErrorKind::Unavailable,
         Fault::Nonsense(why) => ErrorKind::Backend((*why).into()),
@@ -75,6 +99,8 @@ fn kind(fault: &Fault) -> ErrorKind {
             "NOPERM" => ErrorKind::Denied,
             "LOADING" | "BUSY" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "READONLY" | "NOREPLICAS" | "MISCONF" | "OOM"
             | "MOVED" | "ASK" | "UNBLOCKED" | "NOGROUP" | "NOSCRIPT" => ErrorKind::Unavailable,
+            // What a script may not do has no code of its own.
+            "ERR" if text.starts_with("ERR The user executing the script") => ErrorKind::Denied,
             "WRONGTYPE" => ErrorKind::Backend("the key of the topic holds something else than a stream".into()),
             _ => ErrorKind::Backend(text.clone().into()),
         },
@@ -94,7 +120,7 @@ struct Cause(Fault);
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Fault::Refused(text) | Fault::Unknown(text) | Fault::Auth(text) => f.write_str(text),
+            Fault::Refused(text) | Fault::Unknown(text) | Fault::Auth(text) | Fault::Untrusted(text) => f.write_str(text),
             Fault::Nonsense(why) => f.write_str(why),
             Fault::Full => f.write_str("too many publish calls wait"),
         }
@@ -121,6 +147,7 @@ mod tests {
             (Kind::Auth, "WRONGPASS invalid username-password pair", ErrorKind::Denied, false),
             (Kind::Unknown, "NOAUTH Authentication required.", ErrorKind::Denied, false),
             (Kind::Unknown, "NOPERM this user has no permissions", ErrorKind::Denied, false),
+            (Kind::Unknown, "ERR The user executing the script can't run this command", ErrorKind::Denied, false),
             (Kind::Unknown, "LOADING Redis is loading", ErrorKind::Unavailable, false),
             (Kind::Unknown, "OOM command not allowed", ErrorKind::Unavailable, false),
             (Kind::Unknown, "UNBLOCKED the stream key no longer exists", ErrorKind::Unavailable, false),
@@ -129,6 +156,10 @@ mod tests {
             (Kind::Unknown, "ERR syntax error", backend("ERR syntax error"), false),
             (Kind::Config, "bad port", backend("ERR bad port"), false),
             (Kind::IO, "Connection reset", ErrorKind::Unavailable, true),
+            (Kind::IO, "InvalidCertificate(UnknownIssuer)", backend("the server's certificate is not to be trusted"), false),
+            #[cfg(feature = "tls")]
+            (Kind::Tls, "no name to check", backend("the server's certificate is not to be trusted"), false),
+            (Kind::Cluster, "MOVED 1 h:2", ErrorKind::Unavailable, false),
             (Kind::Canceled, "Canceled.", ErrorKind::Unavailable, true),
             (Kind::Timeout, "Request timed out.", ErrorKind::Unavailable, true),
             (Kind::Unknown, "Too many failed write attempts.", ErrorKind::Unavailable, true),

@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use fred::types::Value;
 use parking_lot::Mutex;
 use pubsub_core::{
     AckMode, Control, Delivery, Error, Group, Result, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
@@ -32,7 +33,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How many of its own pending entries an instance looks through at a time, after an answer got lost.
 const RECOVERED_TOGETHER: u64 = 10_000;
 
-static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/read.lua")));
+static LOST: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/lost.lua")));
 
 /// The reader of all groups of one name.
 pub(crate) struct GroupReader {
@@ -115,10 +116,8 @@ impl GroupReader {
                 }
                 Some(blocking) => self.read(blocking, &wanted).await,
                 None => {
-                    let Some((options, main)) = node.upgrade().map(|node| (node.options().clone(), node.link().clone())) else {
-                        break;
-                    };
-                    match Blocking::open(&options, main).await {
+                    let Some(node) = node.upgrade() else { break };
+                    match self.open(&node).await {
                         Ok(opened) => {
                             connection = Some(opened);
                             self.door.open();
@@ -136,8 +135,16 @@ impl GroupReader {
                 Ok(()) => pause = Pause::new(),
                 Err(fault) => {
                     tokio::time::sleep(pause.next()).await;
-                    if let Some(blocking) = &connection {
-                        recover(blocking.link(), &wanted, &fault).await;
+                    if connection.is_some() {
+                        recover(&wanted, &fault).await;
+                    }
+                    // Another node may have the key now.
+                    let may_move = fault.is_unknown() || fault.is_elsewhere();
+                    if may_move
+                        && wanted.iter().any(|(_, desk)| desk.node.link().cluster().is_some())
+                        && let Some(blocking) = connection.take()
+                    {
+                        blocking.close().await;
                     }
                 }
             }
@@ -147,20 +154,43 @@ impl GroupReader {
         }
     }
 
+    /// Connects to the one server, or in a cluster to the one that has the slot of all desks here.
+    async fn open(&self, node: &Node) -> std::result::Result<Blocking, Fault> {
+        if let Some(cluster) = node.link().cluster() {
+            cluster.refresh().await?;
+        }
+        let place = self.desks().first().and_then(|desk| node.link().owner_of(&desk.place.stream));
+        let (options, main) = node.way_to(place.as_ref()).await?;
+        Blocking::open(&options, main).await
+    }
+
     async fn read(&self, blocking: &mut Blocking, wanted: &[((usize, bool), Arc<Desk>)]) -> std::result::Result<(), Fault> {
         let Some(consumer) = wanted.first().map(|(_, desk)| desk.node.consumer().clone()) else { return Ok(()) };
         let careful: Vec<_> = wanted.iter().filter(|((_, careful), _)| *careful).collect();
         if !careful.is_empty() {
-            let call = |((count, _), desk): &&((usize, bool), Arc<Desk>)| {
-                let call = READ.call(&[&desk.place.stream]).arg(self.group.as_str());
-                blocking.link().eval(&READ, call.arg(&*consumer).number(*count as u64))
-            };
-            let answers = futures::future::join_all(careful.iter().map(call)).await;
-            for (((count, _), desk), answer) in careful.into_iter().zip(answers) {
-                let [lost, entries] = reply::tuple(answer?)?;
-                desk.read(reply::entries(entries)?, reply::number(&lost)?, *count);
+            let commands = careful.iter().flat_map(|((count, _), desk)| {
+                let stream = &*desk.place.stream;
+                // In full: that the script is not known would be found out too late, with the read done and its answer lost.
+                let lost = LOST.in_full(LOST.call(&[stream]).arg(self.group.as_str()));
+                let read = Cmd::new("XREADGROUP").arg("GROUP").arg(self.group.as_str()).arg(&*consumer);
+                let read = read.arg("COUNT").number(*count as u64).arg("STREAMS").key(stream).arg(">");
+                [Cmd::new("MULTI").beside(stream), lost, read, Cmd::new("EXEC").beside(stream)]
+            });
+            let mut answers = blocking.link().pipeline(commands.collect()).await.into_iter();
+            let mut outcome = Ok(());
+            for ((count, _), desk) in careful {
+                let answer = reply::executed(answers.by_ref().take(4)).and_then(|executed| {
+                    let [lost, streams] = reply::tuple(Value::Array(executed))?;
+                    let entries = reply::streams(streams)?.pop().map_or_else(Vec::new, |(_, entries)| entries);
+                    Ok((reply::number(&lost)?, entries))
+                });
+                // What was read of the others is theirs, whatever became of one.
+                match answer {
+                    Ok((lost, entries)) => desk.read(entries, lost, *count),
+                    Err(fault) => outcome = Err(fault),
+                }
             }
-            return Ok(());
+            return outcome;
         }
         // One number for all: what one of them wants more comes with the next read.
         let count = wanted.iter().map(|((count, _), _)| *count).min().unwrap_or(1);
@@ -180,9 +210,15 @@ impl GroupReader {
 
 /// After a read that failed: makes groups anew that are gone, ends those that cannot be read, and finds what an answer that got lost
 /// had brought.
-async fn recover(link: &Link, wanted: &[((usize, bool), Arc<Desk>)], fault: &Fault) {
+async fn recover(wanted: &[((usize, bool), Arc<Desk>)], fault: &Fault) {
     for (_, desk) in wanted {
-        let group = &desk.place.group;
+        let (link, group) = (desk.node.link(), &desk.place.group);
+        if fault.is_elsewhere()
+            && let Some(cluster) = link.cluster()
+        {
+            cluster.doubt();
+            continue;
+        }
         let outcome = if fault.is_unknown() {
             forgotten(link, desk).await
         } else if fault.is("NOGROUP") || fault.is("UNBLOCKED") || fault.is("WRONGTYPE") || !fault.is_temporary() {

@@ -94,8 +94,9 @@ async fn claim(desk: &Desk, settler: &Settler, free: usize, silent: usize, alone
     let Place { stream, group } = &*desk.place;
     let call = CLAIM.call(&[stream]).arg(group.as_str()).arg(&*settler.consumer).arg(NOBODY).number(millis(settler.reclaim));
     let call = call.number(free as u64).number(silent as u64).number(u64::from(alone));
-    let [taken, lost, mine, left] = reply::tuple(settler.link.eval(&CLAIM, call).await?)?;
+    let [taken, lost, mine, left, of_silent] = reply::tuple(settler.link.eval(&CLAIM, call).await?)?;
     let mut claimed = Claimed { lost: reply::number(&lost)?, left_alone: reply::number(&left)? == 1, ..Claimed::default() };
+    claimed.of_silent = reply::number(&of_silent)?;
     for one in reply::array(taken)? {
         let [id, count, alone, fields] = reply::tuple(one)?;
         let (id, count) = (reply::id(&id)?, reply::number(&count)?);

@@ -29,13 +29,28 @@ impl Keys {
 
     /// The lease of a key, and the counter of its fencing tokens, which one script uses together.
     pub(crate) fn lease(&self, key: &str) -> (String, String) {
-        // A `}` of the user's could end a hash tag early, and the two keys would lie in different slots of a cluster.
-        let lease = format!("{}:lease:{}", self.0, key.replace('%', "%25").replace('}', "%7D"));
-        let tag = match tag_of(&lease) {
-            Some(tag) => format!("{{{tag}}}:{lease}:token"),
-            None => format!("{{{lease}}}:token"),
-        };
-        (lease, tag)
+        let lease = format!("{}:lease:{}", self.0, one_tag(key));
+        let token = beside(&lease, "token");
+        (lease, token)
+    }
+
+    /// What a topic's log has: its place in its numbering, its events, the indices of their ids. One script uses them together.
+    #[cfg(feature = "cache")]
+    pub(crate) fn log(&self, topic: &Topic) -> [String; 3] {
+        let log = format!("{}:log:{}", self.0, one_tag(topic.as_str()));
+        [beside(&log, "place"), log.clone(), beside(&log, "ids")]
+    }
+
+    /// A value, counter or list of a store.
+    #[cfg(feature = "cache")]
+    pub(crate) fn value(&self, key: &str) -> String {
+        format!("{}:value:{key}", self.0)
+    }
+
+    /// What tells a store from others.
+    #[cfg(feature = "cache")]
+    pub(crate) fn store(&self) -> String {
+        format!("{}:store", self.0)
     }
 
     /// A name for the bus and topic of a stream, for cursors: a hash, as a prefix may hold anything.
@@ -45,6 +60,19 @@ impl Keys {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         }
         format!("redis-{hash:016x}")
+    }
+}
+
+/// A `}` of the user's could end a hash tag early, and keys that are used together would lie in different slots of a cluster.
+fn one_tag(name: &str) -> String {
+    name.replace('%', "%25").replace('}', "%7D")
+}
+
+/// A key in the slot of another.
+fn beside(key: &str, what: &str) -> String {
+    match tag_of(key) {
+        Some(tag) => format!("{{{tag}}}:{key}:{what}"),
+        None => format!("{{{key}}}:{what}"),
     }
 }
 

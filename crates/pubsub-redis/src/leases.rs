@@ -7,12 +7,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use fred::types::Value;
 use pubsub_core::{Acquired, Error, Lease, LeaseProvider, Reach, Result, check_lease};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
+use crate::ask::ask;
 use crate::errors::Fault;
 use crate::link::{Cmd, Script};
 use crate::node::Node;
-use crate::pause::Pause;
 use crate::publish::millis;
 use crate::reply;
 
@@ -36,20 +36,10 @@ impl RedisLeases {
     /// Runs a script, again while the connection is being made again. To release and to transfer cannot be repeated blindly: the second
     /// time the lease is not the caller's any more.
     async fn run(&self, operation: &'static str, key: &str, script: &Script, call: Cmd) -> Result<Value> {
-        let (until, mut pause) = (Instant::now() + self.0.options().command_timeout, Pause::new());
-        loop {
-            let fault = match timeout_at(until, self.0.link().eval(script, call.clone())).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(fault)) => fault,
-                Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
-            };
-            let again = Instant::now() + pause.next();
-            let repeatable = !fault.is_unknown() || !matches!(operation, "release" | "transfer");
-            if !fault.is_temporary() || !repeatable || again >= until {
-                return Err(Error::from(fault).during(operation).on(key.escape_debug()));
-            }
-            tokio::time::sleep_until(again).await;
-        }
+        let until = Instant::now() + self.0.options().command_timeout;
+        let repeatable = !matches!(operation, "release" | "transfer");
+        let answer = ask(until, repeatable, || self.0.link().eval(script, call.clone())).await;
+        answer.map_err(|fault| Error::from(fault).during(operation).on(key.escape_debug()))
     }
 
     /// Does something to a lease that has this owner; none if it has not.

@@ -11,25 +11,28 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, InstanceId, SettleQueue, Timer};
-use pubsub_core::{Closed, Error, ErrorKind, Event, Group, Result, Scope, Status, Topic, wire};
+use pubsub_core::{Closed, Error, Event, Group, Result, Scope, Status, Topic, wire};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::RedisBuilder;
-use crate::channel::{Attachment, Channel};
+use crate::channel::Channel;
+use crate::cluster::{Cluster, Place};
 use crate::desk::{Burial, Desk, bury_all};
 use crate::entry::EntryId;
 use crate::errors::Fault;
-use crate::fan_out::FanOut;
+use crate::follower::Attachment;
 use crate::groups::{GroupReader, Membership};
 use crate::keeper::{self, Keeper};
 use crate::keys::{Keys, NOBODY};
 use crate::link::{Cmd, Link, Script};
 use crate::pause::Pause;
 use crate::publish::Writer;
+use crate::readers::Readers;
 use crate::reply;
 use crate::settle::{Notice, Settler};
+use crate::told::Told;
 
 /// Queues tell instances apart; those here have one.
 pub(crate) const INSTANCE: InstanceId = 0;
@@ -37,6 +40,9 @@ pub(crate) const INSTANCE: InstanceId = 0;
 /// How long closing takes beyond its time to say its last words, and how long they may take when nobody waits for them.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const UNHEARD_WORDS: Duration = Duration::from_secs(2);
+
+/// How often the connections to the nodes of a cluster are looked at.
+const LOOK_AT_NODES: Duration = Duration::from_millis(100);
 
 /// How often, and with which pauses, a consumer is tried to be removed whose last settlements are on their way.
 const GOODBYES: u32 = 10;
@@ -53,17 +59,26 @@ pub(crate) struct Node {
     timer: Arc<Timer>,
     consumer: Arc<str>,
     keeper: Arc<Keeper>,
-    fan_out: Arc<FanOut>,
+    fan_out: Readers,
     status: watch::Sender<Status>,
+    pub(crate) told: ToldOf,
     pub(crate) attached: Mutex<Attached>,
     tasks: Mutex<Vec<AbortHandle>>,
+}
+
+/// What operators are told of, beside the connection.
+#[derive(Default)]
+pub(crate) struct ToldOf {
+    pub(crate) taken_over: Told,
+    pub(crate) trimmed: Told,
 }
 
 /// What is attached, so that closing can end it.
 #[derive(Default)]
 pub(crate) struct Attached {
     channels: HashMap<Topic, Arc<Channel>>,
-    readers: HashMap<Group, Arc<GroupReader>>,
+    /// By name and, in a cluster, by slot.
+    readers: HashMap<(Group, Option<u16>), Arc<GroupReader>>,
     desks: HashMap<(Topic, Group), Weak<Desk>>,
     followers: Vec<Weak<Attachment>>,
     members: Vec<Weak<Membership>>,
@@ -75,12 +90,7 @@ impl Node {
     pub(crate) async fn connect(options: RedisBuilder) -> Result<Arc<Self>> {
         let timer = Arc::new(Timer::new()?);
         let link = Arc::new(Link::open(&options, Duration::ZERO).await?);
-        if let Some(version) = link.client().server_version()
-            && version.major < 7
-        {
-            let why = format!("the server is Redis {version}; 7.0 or later is needed");
-            return Err(Error::new(ErrorKind::Backend(why.into())));
-        }
+        link.check_version()?;
         let id = link.id().await?;
         let writer = Writer::start(link.clone(), id, &options);
         let (notices, burials) = (SettleQueue::new(), SettleQueue::new());
@@ -107,8 +117,9 @@ impl Node {
             timer,
             consumer,
             keeper,
-            fan_out: Arc::default(),
+            fan_out: Readers::default(),
             status,
+            told: ToldOf::default(),
             attached: Mutex::default(),
             tasks: Mutex::new(tasks),
         }))
@@ -124,6 +135,14 @@ impl Node {
 
     pub(crate) fn link(&self) -> &Arc<Link> {
         &self.link
+    }
+
+    /// How a reader connects to a node of a cluster, or to the one server, and the connection by which it can be interrupted.
+    pub(crate) async fn way_to(&self, place: Option<&Place>) -> Result<(RedisBuilder, Arc<Link>), Fault> {
+        match (self.link.cluster(), place) {
+            (Some(cluster), Some(place)) => Ok((self.options.at(place), cluster.at(place).await?)),
+            _ => Ok((self.options.clone(), self.link.clone())),
+        }
     }
 
     pub(crate) fn writer(&self) -> &Writer {
@@ -150,7 +169,7 @@ impl Node {
         &self.keeper
     }
 
-    pub(crate) fn reader(&self) -> &Arc<FanOut> {
+    pub(crate) fn readers(&self) -> &Readers {
         &self.fan_out
     }
 
@@ -317,7 +336,8 @@ impl Node {
 
     fn stop_readers(&self) -> Vec<JoinHandle<()>> {
         let groups: Vec<_> = self.attached.lock().readers.drain().map(|(_, reader)| reader).collect();
-        self.fan_out.stop().into_iter().chain(groups.iter().filter_map(|reader| reader.stop())).collect()
+        let fan_out = self.fan_out.stop();
+        fan_out.into_iter().chain(groups.iter().filter_map(|reader| reader.stop())).collect()
     }
 }
 
@@ -333,8 +353,8 @@ async fn wind_up(link: Arc<Link>, readers: Vec<JoinHandle<()>>, tasks: Vec<Abort
 }
 
 impl Attached {
-    pub(crate) fn reader(&mut self, group: &Group) -> Arc<GroupReader> {
-        self.readers.entry(group.clone()).or_insert_with(|| GroupReader::new(group.clone())).clone()
+    pub(crate) fn reader(&mut self, group: &Group, slot: Option<u16>) -> Arc<GroupReader> {
+        self.readers.entry((group.clone(), slot)).or_insert_with(|| GroupReader::new(group.clone())).clone()
     }
 
     pub(crate) fn desk(&self, topic: &Topic, group: &Group) -> Option<Arc<Desk>> {
@@ -461,7 +481,12 @@ impl DeadLetterSink for Sink {
 
 /// Tells what fred notices of its connection, and makes it notice one that is silent.
 async fn watch_status(link: Arc<Link>, status: watch::Sender<Status>, patience: Duration) {
+    if let Some(cluster) = link.cluster() {
+        return watch_cluster(cluster, status, patience).await;
+    }
     let client = link.client();
+    // The end of what was not told is not told either.
+    let (losses, mut is_told) = (Told::default(), false);
     let (mut errors, mut reconnects) = (client.error_rx(), client.reconnect_rx());
     let tell = |now: Status| {
         status.send_if_modified(|status| {
@@ -481,14 +506,20 @@ async fn watch_status(link: Arc<Link>, status: watch::Sender<Status>, patience: 
                     tell(Status::Failed(Arc::new(fault.into())));
                 }
                 Ok(fault) if !reconnecting => {
-                    tracing::warn!(%fault, "the connection is lost and is being made again");
+                    let times = losses.count(1);
+                    is_told = times.is_some();
+                    if let Some(times) = times {
+                        tracing::warn!(%fault, times, "the connection is lost and is being made again");
+                    }
                     tell(Status::Reconnecting { since: SystemTime::now() });
                 }
                 Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
             },
             _ = reconnects.recv() => {
-                tracing::info!("the connection is there again");
+                if std::mem::take(&mut is_told) {
+                    tracing::info!("the connection is there again");
+                }
                 tell(Status::Connected);
             }
             () = tokio::time::sleep(patience), if !reconnecting => {
@@ -503,6 +534,38 @@ async fn watch_status(link: Arc<Link>, status: watch::Sender<Status>, patience: 
             () = tokio::time::sleep(Duration::from_millis(100)), if reconnecting && client.is_connected() => {
                 tell(Status::Connected);
             }
+        }
+    }
+}
+
+/// The same for all nodes of a cluster.
+async fn watch_cluster(cluster: &Cluster, status: watch::Sender<Status>, patience: Duration) {
+    let mut pinged = Instant::now();
+    loop {
+        tokio::time::sleep(LOOK_AT_NODES).await;
+        let links = cluster.links();
+        let is_whole = links.iter().all(|link| link.client().is_connected());
+        status.send_if_modified(|status| match (&status, is_whole) {
+            (Status::Connected, false) => {
+                tracing::warn!("a node of the cluster is lost");
+                *status = Status::Reconnecting { since: SystemTime::now() };
+                true
+            }
+            (Status::Reconnecting { .. }, true) => {
+                tracing::info!("the cluster is whole again");
+                *status = Status::Connected;
+                true
+            }
+            _ => false,
+        });
+        if !is_whole {
+            cluster.doubt();
+            let _ = cluster.refresh().await; // and again, until they agree on somebody else
+        }
+        if pinged.elapsed() > patience {
+            // One that is not answered in time makes fred give the connection up.
+            futures::future::join_all(links.iter().map(|link| link.call(Cmd::new("PING")))).await;
+            pinged = Instant::now();
         }
     }
 }

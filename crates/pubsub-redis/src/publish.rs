@@ -1,53 +1,72 @@
-//! Writing to streams: one task, one pipeline at a time, which carries what all publishers have handed in meanwhile.
+//! Writing to streams: one task, which carries what all publishers have handed in meanwhile.
 //!
-//! Each event carries its publisher and a number. When a pipeline's outcome is unknown nothing else is written until a script has
-//! found out which of its events are there and added the others; the old connection is ended first, so that nothing of it can still
-//! arrive behind the script. So each event is written once, as long as the server lets connections be ended and knows the time to ten
-//! seconds.
+//! What goes to one stream together is one call of a script: all of it is added or nothing, and it also trims the stream and renews
+//! its time to live. Several calls may be on their way, those for one stream in their order. Each says who publishes and a number.
+//! When the outcome of one is unknown nothing else is written until a script has found out whether its events are there and added
+//! them if not; the old connection is ended first, so that nothing of it can still arrive behind the script. So each event is
+//! written once, as long as the server lets connections be ended and knows the time to ten seconds.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use fred::types::Value;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use pubsub_core::Fate;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use crate::RedisBuilder;
-use crate::entry::{EVENT, EntryId, NUMBER, PUBLISHER};
+use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link, Script};
 use crate::pause::Pause;
 use crate::reply;
 
-/// How many publish calls wait for the writer before the next one waits to be taken.
+/// How many publish calls wait for the writer before the next one waits to be taken; and how many it works on.
 const WAITING_CALLS: usize = 1024;
 
-/// The most events and bytes of one pipeline; beyond that they go in the next.
-const EVENTS_TOGETHER: usize = 1000;
+/// The most events and bytes of one call; beyond that they go in the next.
+const EVENTS_TOGETHER: usize = 250;
 const BYTES_TOGETHER: usize = 4 << 20;
+
+/// How many calls for one stream are on their way. A second one goes out before the first is answered if it has so many events.
+const ON_THEIR_WAY: usize = 4;
+const WORTH_SENDING: usize = 32;
 
 /// How far the server's clock may jump within a publish whose outcome is unknown.
 const CLOCK_SLACK: Duration = Duration::from_secs(10);
 
-static ADD_MISSING: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/publish.lua")));
+static ADD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/add.lua")));
+static FIND_OR_ADD: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("scripts/find.lua"), include_str!("scripts/add.lua"))));
 
-/// A publish that failed: the first events were published, of the next so many it is not known, the rest was not sent.
+/// A publish that failed, and what became of each event.
 #[derive(Debug)]
 pub(crate) struct Failed {
     pub(crate) fault: Fault,
-    pub(crate) published: usize,
-    pub(crate) unknown: usize,
+    pub(crate) fates: Vec<Fate>,
 }
+
+impl Failed {
+    fn all(fault: Fault, fate: Fate, count: usize) -> Self {
+        Self { fault, fates: vec![fate; count] }
+    }
+}
+
+/// Where the outcome of a publish goes.
+type Reply = oneshot::Sender<Result<Vec<EntryId>, Failed>>;
 
 struct Job {
     stream: Arc<str>,
     events: Vec<Bytes>,
     /// Set by whoever comes first: the writer that starts on it, or the caller who gives up.
     claimed: Arc<AtomicBool>,
-    reply: oneshot::Sender<Result<Vec<EntryId>, Failed>>,
+    reply: Reply,
 }
 
 /// Where publishers hand in their events. The writer's task ends with the last clone.
@@ -57,9 +76,13 @@ pub(crate) struct Writer(mpsc::Sender<Job>);
 impl Writer {
     pub(crate) fn start(link: Arc<Link>, id: i64, options: &RedisBuilder) -> Self {
         let (sender, jobs) = mpsc::channel(WAITING_CALLS);
-        let publisher = format!("{:016x}", fastrand::u64(..));
-        let task = Task { link, id, publisher, next: 0, retention: Retention::new(options), patience: options.publish_timeout };
-        tokio::spawn(task.run(jobs));
+        let shared = Shared {
+            link,
+            publisher: format!("{:016x}", fastrand::u64(..)).into(),
+            retention: Retention::new(options),
+            patience: options.publish_timeout,
+        };
+        tokio::spawn(Task::new(shared, id).run(jobs));
         Self(sender)
     }
 
@@ -73,20 +96,22 @@ impl Writer {
         until: Instant,
     ) -> Result<Vec<EntryId>, Failed> {
         let (count, claimed) = (events.len(), Arc::new(AtomicBool::new(false)));
-        let not_sent = |why: &str| Failed { fault: Fault::Unknown(why.into()), published: 0, unknown: 0 };
+        let not_sent = |fault| Failed::all(fault, Fate::NotSent, count);
         let (reply, answer) = oneshot::channel();
         let job = Job { stream, events, claimed: claimed.clone(), reply };
         match timeout_at(until.min(Instant::now() + wait), self.0.send(job)).await {
-            Err(_) => return Err(Failed { fault: Fault::Full, published: 0, unknown: 0 }),
-            Ok(Err(_)) => return Err(not_sent("the connection was closed")),
+            Err(_) => return Err(not_sent(Fault::Full)),
+            Ok(Err(_)) => return Err(not_sent(Fault::Unknown("the connection was closed".into()))),
             Ok(Ok(())) => {}
         }
         match timeout_at(until, answer).await {
             Ok(Ok(outcome)) => outcome,
-            Err(_) if !claimed.swap(true, Ordering::AcqRel) => Err(not_sent("it was not written within publish_timeout")),
+            Err(_) if !claimed.swap(true, Ordering::AcqRel) => {
+                Err(not_sent(Fault::Unknown("it was not written within publish_timeout".into())))
+            }
             Ok(Err(_)) | Err(_) => {
                 let fault = Fault::Unknown("it was not confirmed within publish_timeout".into());
-                Err(Failed { fault, published: 0, unknown: count })
+                Err(Failed::all(fault, Fate::Unknown, count))
             }
         }
     }
@@ -101,31 +126,23 @@ impl Writer {
     }
 }
 
-/// What is kept, as options of commands.
+/// What is kept, as the script takes it; 0 for no bound.
 struct Retention {
-    add: Vec<Value>,
+    max_len: u64,
     max_age: Option<u64>,
-    idle_ttl: Option<u64>,
+    idle_ttl: u64,
 }
 
 impl Retention {
     fn new(options: &RedisBuilder) -> Self {
-        let add = match options.max_len {
-            Some(events) => vec!["MAXLEN".into(), "~".into(), i64::try_from(events).unwrap_or(i64::MAX).into()],
-            None => Vec::new(),
-        };
-        Self { add, max_age: options.max_age.map(millis), idle_ttl: options.idle_ttl.map(millis) }
+        let idle_ttl = options.idle_ttl.map_or(0, millis);
+        Self { max_len: options.max_len.unwrap_or(0), max_age: options.max_age.map(millis), idle_ttl }
     }
 
-    /// What follows the events of a stream in their transaction.
-    fn upkeep(&self, stream: &str) -> impl Iterator<Item = Cmd> {
-        let trim = self.max_age.map(|age| {
-            // By this machine's clock: off by as much as the clocks disagree.
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-            Cmd::new("XTRIM").key(stream).arg("MINID").arg("~").number(millis(now).saturating_sub(age))
-        });
-        let expire = self.idle_ttl.map(|ttl| Cmd::new("PEXPIRE").key(stream).number(ttl));
-        trim.into_iter().chain(expire)
+    /// The least time that is kept, by this machine's clock: off by as much as the clocks disagree.
+    fn least(&self) -> u64 {
+        let now = || millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
+        self.max_age.map_or(0, |age| now().saturating_sub(age))
     }
 }
 
@@ -133,128 +150,323 @@ pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-struct Task {
+/// What calls need.
+struct Shared {
     link: Arc<Link>,
-    /// What the server calls the connection that pipelines are sent on.
-    id: i64,
-    publisher: String,
-    /// The number of the next event.
-    next: u64,
+    publisher: Arc<str>,
     retention: Retention,
     patience: Duration,
 }
 
-/// A job that was begun.
-struct Open {
-    job: Job,
-    /// The number of its first event.
+/// Events that go to one stream together.
+struct Call {
+    stream: Arc<str>,
+    /// The number of the first.
     number: u64,
-    /// Of the events that were written.
-    ids: Vec<EntryId>,
+    events: Vec<Bytes>,
+    parts: Vec<Part>,
+    sent: Instant,
 }
 
-/// The events of one pipeline for one stream, by number; and how many of them belong to each open job.
+/// Which of a job's events are among those of a call.
+struct Part {
+    job: u64,
+    offset: usize,
+    count: usize,
+}
+
+impl Shared {
+    /// How many calls for one stream go out before the first is answered. In a cluster its key may move, and calls that follow it
+    /// could overtake each other.
+    fn on_their_way(&self) -> usize {
+        if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
+    }
+
+    fn words(&self, script: &Script, call: &Call) -> Cmd {
+        let Retention { max_len, idle_ttl, .. } = self.retention;
+        let words = script.call(&[&call.stream]).arg(&*self.publisher).number(call.number);
+        let words = words.number(max_len).number(self.retention.least()).number(idle_ttl);
+        call.events.iter().fold(words, |words, event| words.arg(event.clone()))
+    }
+
+    /// Adds the events of a call, by the script's hash or, if the server may not know it, in full.
+    fn add(&self, call: &Call, in_full: bool) -> impl Future<Output = Result<Vec<EntryId>, Fault>> + Send + 'static {
+        let (words, link, count) = (self.words(&ADD, call), self.link.clone(), call.events.len());
+        let words = if in_full { ADD.in_full(words) } else { words };
+        async move {
+            let answer = match link.cluster() {
+                // Each node has its own scripts.
+                Some(_) if !in_full => link.eval(&ADD, words).await?,
+                _ => link.call(words).await?,
+            };
+            ids(answer, count)
+        }
+    }
+
+    async fn find_or_add(&self, call: &Call) -> Result<Vec<EntryId>, Fault> {
+        let words = self.words(&FIND_OR_ADD, call).number(millis(call.sent.elapsed() + CLOCK_SLACK));
+        ids(self.link.eval(&FIND_OR_ADD, words).await?, call.events.len())
+    }
+}
+
+/// All ids, where the first and the last may stand for those between them.
+fn ids(answer: Value, count: usize) -> Result<Vec<EntryId>, Fault> {
+    let ids = reply::array(answer)?.iter().map(reply::id).collect::<Result<Vec<_>, _>>()?;
+    let ids = match ids[..] {
+        [first, last] if count != 2 => first.to(last, count).unwrap_or(ids),
+        _ => ids,
+    };
+    if ids.len() == count { Ok(ids) } else { Err(Fault::Nonsense("another number of entries was added")) }
+}
+
+/// A job that was begun.
+struct Open {
+    reply: Reply,
+    claimed: Arc<AtomicBool>,
+    ids: Vec<EntryId>,
+    fates: Vec<Fate>,
+    /// How many of its events have gone out, and how many have their fate.
+    sent: usize,
+    settled: usize,
+    fault: Option<Fault>,
+}
+
+impl Open {
+    fn answer(self) {
+        let outcome = match self.fault {
+            None => Ok(self.ids),
+            Some(fault) => Err(Failed { fault, fates: self.fates }),
+        };
+        let _ = self.reply.send(outcome); // nobody may be waiting
+    }
+}
+
+/// What goes to one stream.
+#[derive(Default)]
 struct Lane {
-    stream: Arc<str>,
-    events: Vec<(u64, Bytes)>,
-    parts: Vec<(usize, usize)>,
+    /// Jobs, and what of them has not gone out; and how much that is.
+    waiting: VecDeque<(u64, VecDeque<Bytes>)>,
+    events: usize,
+    /// Calls that have no outcome yet.
+    on_their_way: usize,
+    /// The greatest number that was certainly added.
+    added: u64,
+}
+
+impl Lane {
+    fn may_send(&self, on_their_way: usize) -> bool {
+        self.events > 0 && self.on_their_way < on_their_way && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
+    }
+
+    /// The next events that go together; none if whoever handed them in has given up.
+    fn next_call(&mut self, stream: &Arc<str>, open: &mut BTreeMap<u64, Open>, next: &mut u64) -> Option<Call> {
+        let mut call =
+            Call { stream: stream.clone(), number: *next, events: Vec::new(), parts: Vec::new(), sent: Instant::now() };
+        let mut bytes = 0;
+        while let Some((job, events)) = self.waiting.front_mut() {
+            let Some(of_job) = open.get_mut(job).filter(|job| job.sent > 0 || !job.claimed.swap(true, Ordering::AcqRel)) else {
+                self.events -= events.len();
+                open.remove(job);
+                self.waiting.pop_front();
+                continue;
+            };
+            let offset = of_job.sent;
+            while let Some(event) = events.front()
+                && call.events.len() < EVENTS_TOGETHER
+                && (bytes == 0 || bytes + event.len() <= BYTES_TOGETHER)
+            {
+                bytes += event.len();
+                call.events.extend(events.pop_front());
+                of_job.sent += 1;
+            }
+            if of_job.sent > offset {
+                call.parts.push(Part { job: *job, offset, count: of_job.sent - offset });
+            }
+            if !events.is_empty() {
+                break;
+            }
+            self.waiting.pop_front();
+        }
+        self.events -= call.events.len();
+        *next += call.events.len() as u64;
+        (!call.events.is_empty()).then_some(call)
+    }
+
+    /// Forgets what of a job has not gone out, and returns how much that was.
+    fn forget(&mut self, job: u64) -> usize {
+        let forgotten = self.waiting.iter().filter(|(of, _)| *of == job).map(|(_, events)| events.len()).sum();
+        self.waiting.retain(|(of, _)| *of != job);
+        self.events -= forgotten;
+        forgotten
+    }
+}
+
+type Outcome = Result<Vec<EntryId>, Fault>;
+
+struct Task {
+    shared: Arc<Shared>,
+    /// What the server calls the connection that calls are sent on, and whether that may have changed.
+    id: i64,
+    stale: bool,
+    /// Whether the server knows the script.
+    known: bool,
+    /// The number of the next event, and of the next job.
+    next: u64,
+    next_job: u64,
+    open: BTreeMap<u64, Open>,
+    lanes: HashMap<Arc<str>, Lane>,
+    /// Lanes that may have something to send.
+    ready: Vec<Arc<str>>,
+    /// Who waits for everything before a job.
+    flushes: VecDeque<(u64, Reply)>,
+    calls: FuturesUnordered<BoxFuture<'static, (Call, Outcome)>>,
+    /// Calls to be looked into once nothing is on its way any more.
+    doubtful: Vec<(Call, Fault)>,
 }
 
 impl Task {
+    fn new(shared: Shared, id: i64) -> Self {
+        Self {
+            shared: Arc::new(shared),
+            id,
+            stale: false,
+            known: false,
+            next: 1,
+            next_job: 0,
+            open: BTreeMap::new(),
+            lanes: HashMap::new(),
+            ready: Vec::new(),
+            flushes: VecDeque::new(),
+            calls: FuturesUnordered::new(),
+            doubtful: Vec::new(),
+        }
+    }
+
     async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
-        let (mut taken, mut open) = (Vec::new(), VecDeque::new());
+        let (mut taken, mut closed) = (Vec::new(), false);
         loop {
-            if open.is_empty() && jobs.recv_many(&mut taken, WAITING_CALLS).await == 0 {
+            self.send().await;
+            if closed && self.calls.is_empty() {
                 return;
             }
-            while taken.len() < WAITING_CALLS
-                && let Ok(job) = jobs.try_recv()
-            {
-                taken.push(job);
-            }
-            for job in taken.drain(..) {
-                if !job.claimed.swap(true, Ordering::AcqRel) {
-                    let number = self.next;
-                    self.next += job.events.len() as u64;
-                    open.push_back(Open { job, number, ids: Vec::new() });
-                }
-            }
-            let lanes = next_lanes(&open);
-            let outcomes = self.write(&lanes).await;
-            let mut failed: Vec<Option<(Fault, usize)>> = vec![None; open.len()];
-            for (lane, outcome) in lanes.iter().zip(outcomes) {
-                let mut ids = outcome.as_ref().map(Vec::as_slice).unwrap_or_default();
-                for &(job, count) in &lane.parts {
-                    match &outcome {
-                        Ok(_) => {
-                            let (these, rest) = ids.split_at(count);
-                            open[job].ids.extend(these);
-                            ids = rest;
-                        }
-                        Err(fault) => failed[job] = Some((fault.clone(), if fault.is_unknown() { count } else { 0 })),
+            let room = WAITING_CALLS.saturating_sub(self.open.len());
+            tokio::select! {
+                biased;
+                Some((call, outcome)) = self.calls.next(), if !self.calls.is_empty() => {
+                    self.ended(call, outcome);
+                    // What has ended with it comes before anything new.
+                    while let Some(Some((call, outcome))) = self.calls.next().now_or_never() {
+                        self.ended(call, outcome);
                     }
                 }
-            }
-            let mut failed = failed.into_iter();
-            let mut rest = VecDeque::new();
-            for one in open.drain(..) {
-                let Open { job, ids, .. } = &one;
-                match failed.next().flatten() {
-                    Some((fault, unknown)) => {
-                        let failure = Failed { fault, published: ids.len(), unknown };
-                        let _ = one.job.reply.send(Err(failure)); // nobody may be waiting, here and below
-                    }
-                    None if rest.is_empty() && ids.len() == job.events.len() => drop(one.job.reply.send(Ok(one.ids))),
-                    None => rest.push_back(one),
+                count = jobs.recv_many(&mut taken, room), if room > 0 && !closed => {
+                    closed = count == 0;
+                    taken.drain(..).for_each(|job| self.begin(job));
                 }
             }
-            open = rest;
         }
     }
 
-    /// Writes what goes together, each lane whole or not at all.
-    async fn write(&mut self, lanes: &[Lane]) -> Vec<Result<Vec<EntryId>, Fault>> {
-        if lanes.is_empty() {
-            return Vec::new();
+    /// Takes a job.
+    fn begin(&mut self, job: Job) {
+        let Job { stream, events, claimed, reply } = job;
+        let number = self.next_job;
+        if events.is_empty() {
+            self.flushes.push_back((number, reply));
+            return;
         }
-        if self.link.reconnected()
-            && let Ok(id) = self.link.id().await
-        {
-            self.id = id;
-        }
-        let (mut commands, mut counts) = (Vec::new(), Vec::with_capacity(lanes.len()));
-        for lane in lanes {
-            let before = commands.len();
-            commands.push(Cmd::new("MULTI").beside(&lane.stream));
-            commands.extend(lane.events.iter().map(|(number, event)| self.add(&lane.stream, *number, event)));
-            commands.extend(self.retention.upkeep(&lane.stream));
-            commands.push(Cmd::new("EXEC").beside(&lane.stream));
-            counts.push(commands.len() - before);
-        }
-        let sent = Instant::now();
-        let mut answers = self.link.pipeline(commands).await.into_iter();
-        let mut outcomes = Vec::with_capacity(lanes.len());
-        for (lane, count) in lanes.iter().zip(counts) {
-            outcomes.push(ids_of(answers.by_ref().take(count), lane.events.len()));
-        }
-        for (lane, outcome) in lanes.iter().zip(&mut outcomes) {
-            if matches!(outcome, Err(fault) if fault.is_unknown()) {
-                *outcome = self.add_missing(lane, sent).await;
-            }
-        }
-        outcomes
+        self.next_job += 1;
+        let count = events.len();
+        let (ids, fates) = (vec![EntryId::ZERO; count], vec![Fate::NotSent; count]);
+        self.open.insert(number, Open { reply, claimed, ids, fates, sent: 0, settled: 0, fault: None });
+        let lane = self.lanes.entry(stream.clone()).or_default();
+        lane.events += count;
+        lane.waiting.push_back((number, events.into()));
+        self.ready.push(stream);
     }
 
-    fn add(&self, stream: &str, number: u64, event: &Bytes) -> Cmd {
-        let add = self.retention.add.iter().cloned().fold(Cmd::new("XADD").key(stream), Cmd::arg);
-        add.arg("*").arg(EVENT).arg(event.clone()).arg(PUBLISHER).arg(self.publisher.as_str()).arg(NUMBER).number(number)
-    }
-
-    /// Finds out what became of a lane, and adds what is missing, for as long as there is patience.
-    async fn add_missing(&mut self, lane: &Lane, sent: Instant) -> Result<Vec<EntryId>, Fault> {
-        let (until, mut pause) = (sent + self.patience, Pause::new());
+    /// Sends what may go out now.
+    async fn send(&mut self) {
+        if self.shared.link.reconnected() {
+            (self.stale, self.known) = (true, false);
+        }
         loop {
-            let fault = match self.try_add_missing(lane, sent).await {
+            if self.calls.is_empty() {
+                self.clear_up().await;
+            }
+            if !self.doubtful.is_empty() {
+                break; // first everything has to come back
+            }
+            let Some(stream) = self.ready.pop() else { break };
+            let Self { lanes, open, calls, next, shared, .. } = self;
+            let Some(lane) = lanes.get_mut(&stream) else { continue };
+            while lane.may_send(shared.on_their_way()) {
+                if !calls.is_empty() && (self.stale || !self.known) {
+                    self.ready.push(stream);
+                    return self.answer_flushes();
+                }
+                let Some(call) = lane.next_call(&stream, open, next) else { continue };
+                lane.on_their_way += 1;
+                let adding = shared.add(&call, !self.known);
+                calls.push(adding.map(|outcome| (call, outcome)).boxed());
+            }
+            if lane.on_their_way == 0 && lane.events == 0 {
+                lanes.remove(&stream);
+            }
+        }
+        self.answer_flushes();
+    }
+
+    /// A call has come back.
+    fn ended(&mut self, call: Call, outcome: Outcome) {
+        match outcome {
+            Err(fault) if fault.is_unknown() || fault.is("NOSCRIPT") || self.is_on_its_way(&fault) => {
+                self.known &= !fault.is("NOSCRIPT");
+                self.doubtful.push((call, fault));
+            }
+            outcome => {
+                self.known |= outcome.is_ok();
+                self.settle(call, outcome);
+            }
+        }
+    }
+
+    /// Whether a key has no node just now, and is going to have one.
+    fn is_on_its_way(&self, fault: &Fault) -> bool {
+        fault.is_elsewhere() && self.shared.link.cluster().is_some()
+    }
+
+    /// Finds out what became of doubtful calls, in the order they were sent in, while nothing else is on its way.
+    async fn clear_up(&mut self) {
+        if self.stale
+            && let Ok(id) = self.shared.link.id().await
+        {
+            (self.id, self.stale) = (id, false);
+        }
+        self.doubtful.sort_by_key(|(call, _)| call.number);
+        for (call, fault) in std::mem::take(&mut self.doubtful) {
+            let outcome = if fault.is("NOSCRIPT") { self.add_again(&call).await } else { self.add_missing(&call).await };
+            self.settle(call, outcome);
+        }
+    }
+
+    /// Adds what was refused because the server had forgotten the script.
+    async fn add_again(&mut self, call: &Call) -> Outcome {
+        if self.lanes.get(&call.stream).is_some_and(|lane| lane.added > call.number) {
+            // What was sent behind it was added: another instance has made the script known in between.
+            return Err(Fault::Refused("TRYAGAIN the server forgot a script, and the order would be lost".into()));
+        }
+        match self.shared.add(call, true).await {
+            Err(fault) if fault.is_unknown() => self.add_missing(call).await,
+            outcome => outcome,
+        }
+    }
+
+    /// Finds out what became of a call, and adds what it did not, for as long as there is patience.
+    async fn add_missing(&mut self, call: &Call) -> Outcome {
+        let (until, mut pause) = (call.sent + self.shared.patience, Pause::new());
+        loop {
+            let fault = match self.try_add_missing(call).await {
                 Ok(ids) => return Ok(ids),
                 // Said of this attempt: what became of the first is as unknown as before.
                 Err(fault) => Fault::Unknown(fault.to_string()),
@@ -267,75 +479,59 @@ impl Task {
         }
     }
 
-    async fn try_add_missing(&mut self, lane: &Lane, sent: Instant) -> Result<Vec<EntryId>, Fault> {
-        let id = self.link.id().await?;
-        if id != self.id {
-            // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
-            let _ = self.link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
-            self.id = id;
-        }
-        let ago = millis(sent.elapsed() + CLOCK_SLACK);
-        let call = ADD_MISSING.call(&[&lane.stream]).arg(self.publisher.as_str()).number(ago);
-        let call = call.number(self.retention.add.len() as u64);
-        let call = self.retention.add.iter().cloned().fold(call, Cmd::arg);
-        let call = lane.events.iter().fold(call, |call, (number, event)| call.number(*number).arg(event.clone()));
-        let ids: Vec<_> =
-            reply::array(self.link.eval(&ADD_MISSING, call).await?)?.iter().map(reply::id).collect::<Result<_, _>>()?;
-        for command in self.retention.upkeep(&lane.stream) {
-            self.link.call(command).await?;
-        }
-        if ids.len() == lane.events.len() { Ok(ids) } else { Err(Fault::Nonsense("another number of entries was added")) }
-    }
-}
-
-/// What goes into the next pipeline: the first of what is open, by stream.
-fn next_lanes(open: &VecDeque<Open>) -> Vec<Lane> {
-    let (mut lanes, mut events, mut bytes): (Vec<Lane>, _, _) = (Vec::new(), 0, 0);
-    for (place, Open { job, number, ids }) in open.iter().enumerate() {
-        let mut count = 0;
-        let stream = &job.stream;
-        for (at, event) in job.events.iter().enumerate().skip(ids.len()) {
-            if events == EVENTS_TOGETHER || (bytes > 0 && bytes + event.len() > BYTES_TOGETHER) {
-                break;
+    async fn try_add_missing(&mut self, call: &Call) -> Outcome {
+        let link = &self.shared.link;
+        // The connections to the nodes of a cluster see to that themselves.
+        if link.cluster().is_none() {
+            let id = link.id().await?;
+            if id != self.id {
+                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
+                let _ = link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
+                self.id = id;
             }
-            let lane = lanes.iter().position(|lane| lane.stream == *stream).unwrap_or_else(|| {
-                lanes.push(Lane { stream: stream.clone(), events: Vec::new(), parts: Vec::new() });
-                lanes.len() - 1
-            });
-            lanes[lane].events.push((number + at as u64, event.clone()));
-            if count == 0 {
-                lanes[lane].parts.push((place, 0));
-            }
-            count += 1;
-            lanes[lane].parts.last_mut().expect("pushed above").1 = count;
-            (events, bytes) = (events + 1, bytes + event.len());
         }
-        if ids.len() + count < job.events.len() {
-            break; // what is behind it must not overtake it
-        }
+        self.shared.find_or_add(call).await
     }
-    lanes
-}
 
-/// The ids in the answers to a transaction of so many additions.
-fn ids_of(answers: impl Iterator<Item = Result<Value, Fault>>, count: usize) -> Result<Vec<EntryId>, Fault> {
-    let mut last = Err(Fault::Nonsense("a transaction without an answer"));
-    let mut refused = None;
-    for answer in answers {
-        if let Err(fault) = &answer
-            && !fault.is("EXECABORT")
-        {
-            refused.get_or_insert_with(|| fault.clone());
+    /// Tells those whose events were in a call what came of it.
+    fn settle(&mut self, call: Call, outcome: Outcome) {
+        let Some(lane) = self.lanes.get_mut(&call.stream) else { return };
+        lane.on_their_way -= 1;
+        if outcome.is_ok() {
+            lane.added = lane.added.max(call.number);
         }
-        last = answer;
+        let mut place = 0;
+        for Part { job, offset, count } in call.parts {
+            let Some(open) = self.open.get_mut(&job) else { continue };
+            let these = offset..offset + count;
+            match &outcome {
+                Ok(ids) => {
+                    open.ids[these.clone()].copy_from_slice(&ids[place..place + count]);
+                    open.fates[these].fill(Fate::Published);
+                }
+                Err(fault) => {
+                    open.fates[these].fill(if fault.is_unknown() { Fate::Unknown } else { Fate::NotSent });
+                    open.fault.get_or_insert_with(|| fault.clone());
+                    // What would come behind it is not sent.
+                    open.settled += lane.forget(job);
+                }
+            }
+            place += count;
+            open.settled += count;
+            if open.settled == open.ids.len() {
+                self.open.remove(&job).into_iter().for_each(Open::answer);
+            }
+        }
+        self.ready.push(call.stream);
     }
-    match (last, refused) {
-        (Ok(Value::Array(answers)), None) if answers.len() >= count => answers[..count].iter().map(reply::id).collect(),
-        // A command that was refused when it was queued says why; the end of the transaction only that there was one.
-        (Err(fault), Some(refused)) if fault.is("EXECABORT") => Err(refused),
-        (Err(fault), _) => Err(fault),
-        (Ok(_), Some(fault)) => Err(Fault::Unknown(fault.to_string())),
-        (Ok(_), None) => Err(Fault::Nonsense("a transaction with another answer")),
+
+    /// Tells those who wait for what came before them that it has its answer.
+    fn answer_flushes(&mut self) {
+        let first = self.open.keys().next().copied().unwrap_or(u64::MAX);
+        while self.flushes.front().is_some_and(|(before, _)| *before <= first) {
+            let Some((_, reply)) = self.flushes.pop_front() else { return };
+            let _ = reply.send(Ok(Vec::new())); // nobody may be waiting
+        }
     }
 }
 
@@ -343,43 +539,76 @@ fn ids_of(answers: impl Iterator<Item = Result<Value, Fault>>, count: usize) -> 
 mod tests {
     use super::*;
 
-    fn open(stream: &str, sizes: &[usize], written: usize) -> Open {
-        let events = sizes.iter().map(|size| Bytes::from(vec![0; *size])).collect();
-        let job = Job { stream: stream.into(), events, claimed: Arc::default(), reply: oneshot::channel().0 };
-        Open { job, number: 100, ids: vec![EntryId::ZERO; written] }
+    /// Jobs of so many events of these sizes, all for one stream.
+    fn lane(jobs: &[&[usize]]) -> (Lane, BTreeMap<u64, Open>) {
+        let (mut lane, mut open) = (Lane::default(), BTreeMap::new());
+        for (number, sizes) in jobs.iter().enumerate() {
+            let events: VecDeque<_> = sizes.iter().map(|size| Bytes::from(vec![0; *size])).collect();
+            let (ids, fates) = (vec![EntryId::ZERO; events.len()], vec![Fate::NotSent; events.len()]);
+            let (reply, claimed) = (oneshot::channel().0, Arc::default());
+            open.insert(number as u64, Open { reply, claimed, ids, fates, sent: 0, settled: 0, fault: None });
+            lane.events += events.len();
+            lane.waiting.push_back((number as u64, events));
+        }
+        (lane, open)
     }
 
-    type Shape = (String, Vec<u64>, Vec<(usize, usize)>);
+    /// Its number, how many events it has, and of which jobs: the job, from where, how many.
+    type Shape = (u64, usize, Vec<(u64, usize, usize)>);
 
-    fn shape(open: impl IntoIterator<Item = Open>) -> Vec<Shape> {
-        let lanes = next_lanes(&open.into_iter().collect()).into_iter();
-        lanes.map(|lane| (lane.stream.to_string(), lane.events.iter().map(|(n, _)| *n).collect(), lane.parts)).collect()
+    fn calls(lane: &mut Lane, open: &mut BTreeMap<u64, Open>) -> Vec<Shape> {
+        let (stream, mut next) = ("s".into(), 100);
+        std::iter::from_fn(|| lane.next_call(&stream, open, &mut next))
+            .map(|call| {
+                let parts = call.parts.iter().map(|part| (part.job, part.offset, part.count)).collect();
+                (call.number, call.events.len(), parts)
+            })
+            .collect()
     }
 
     #[test]
-    fn what_goes_together_is_ordered_by_stream() {
-        let lanes = shape([open("a", &[1, 1], 1), open("b", &[1], 0), open("a", &[1], 0)]);
-        assert_eq!(lanes, [("a".into(), vec![101, 100], vec![(0, 1), (2, 1)]), ("b".into(), vec![100], vec![(1, 1)])]);
+    fn what_waits_goes_together_in_order_and_bounded() {
+        let (mut one, mut open) = lane(&[&[1, 1], &[1], &[1; EVENTS_TOGETHER]]);
+        let rest = EVENTS_TOGETHER - 3;
+        let expected = [
+            (100, EVENTS_TOGETHER, vec![(0, 0, 2), (1, 0, 1), (2, 0, rest)]),
+            (100 + EVENTS_TOGETHER as u64, 3, vec![(2, rest, 3)]),
+        ];
+        assert_eq!((calls(&mut one, &mut open), one.events), (expected.to_vec(), 0));
+        let (mut large, mut open) = lane(&[&[BYTES_TOGETHER + 1, 1]]);
+        assert_eq!(calls(&mut large, &mut open), [(100, 1, vec![(0, 0, 1)]), (101, 1, vec![(0, 1, 1)])], "one is always taken");
     }
 
     #[test]
-    fn a_pipeline_is_bounded_and_nothing_overtakes() {
-        let lanes = shape([open("a", &[1; 1500], 0), open("b", &[1], 0)]);
-        assert_eq!((lanes.len(), lanes[0].1.len(), lanes[0].2.as_slice()), (1, 1000, &[(0, 1000)][..]));
-        let lanes = shape([open("a", &[BYTES_TOGETHER + 1, 1], 0), open("b", &[1], 0)]);
-        assert_eq!((lanes.len(), lanes[0].1.len()), (1, 1), "one event is always taken");
+    fn what_was_given_up_is_not_sent() {
+        let (mut lane, mut open) = lane(&[&[1], &[1, 1], &[1]]);
+        open[&1].claimed.store(true, Ordering::Release);
+        assert_eq!(calls(&mut lane, &mut open), [(100, 2, vec![(0, 0, 1), (2, 0, 1)])]);
+        assert_eq!((open.contains_key(&1), lane.events), (false, 0));
     }
 
     #[test]
-    fn answers_to_a_transaction() {
-        let refused = |text: &str| Fault::Refused(text.into());
-        let ok = || Ok(Value::from("QUEUED"));
-        let id = "5-1".parse().unwrap();
-        let done = Ok(Value::Array(vec!["5-1".into(), 1.into()]));
-        assert_eq!(ids_of([ok(), ok(), done].into_iter(), 1), Ok(vec![id]));
-        let aborted = [ok(), Err(refused("NOPERM no")), Err(refused("EXECABORT discarded"))];
-        assert_eq!(ids_of(aborted.into_iter(), 1), Err(refused("NOPERM no")));
-        assert_eq!(ids_of([ok(), Err(refused("WRONGTYPE"))].into_iter(), 1), Err(refused("WRONGTYPE")));
-        assert!(ids_of([Err(Fault::Unknown("cut".into()))].into_iter(), 1).unwrap_err().is_unknown());
+    fn a_few_more_wait_for_what_is_on_its_way() {
+        let (mut lane, _) = lane(&[&[1; WORTH_SENDING - 1]]);
+        assert!(lane.may_send());
+        lane.on_their_way = 1;
+        assert!(!lane.may_send());
+        lane.events = WORTH_SENDING;
+        assert!(lane.may_send());
+        lane.on_their_way = ON_THEIR_WAY;
+        assert!(!lane.may_send());
+    }
+
+    #[test]
+    fn answers_to_an_addition() {
+        let answer = |ids: &[&'static str]| Value::Array(ids.iter().map(|id| Value::from(*id)).collect());
+        let all = |texts: &[&str]| texts.iter().map(|text| text.parse::<EntryId>().unwrap()).collect::<Vec<_>>();
+        assert_eq!(ids(answer(&["5-1", "5-1"]), 1), Ok(all(&["5-1"])));
+        assert_eq!(ids(answer(&["5-1", "6-0"]), 2), Ok(all(&["5-1", "6-0"])));
+        assert_eq!(ids(answer(&["5-1", "5-3"]), 3), Ok(all(&["5-1", "5-2", "5-3"])));
+        assert_eq!(ids(answer(&["5-1", "5-2", "6-0"]), 3), Ok(all(&["5-1", "5-2", "6-0"])));
+        for nonsense in [ids(answer(&["5-1", "5-3"]), 4), ids(answer(&[]), 1), ids(Value::Null, 1), ids("x".into(), 1)] {
+            assert!(nonsense.unwrap_err().is_unknown());
+        }
     }
 }

@@ -7,30 +7,28 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use fred::types::config::{Config, ServerConfig};
 use pubsub_core::{
-    Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, Fate, GroupStatus, Groups, LateSettlement,
-    LeaseProvider, LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status,
-    StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter, wire,
+    Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, GroupStatus, Groups, LateSettlement, LeaseProvider,
+    LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status, StatusWatch,
+    SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter, wire,
 };
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::RedisBuilder;
-use crate::channel::{Attachment, Follower, FollowerSource};
 use crate::desk::Desk;
 use crate::entry::{Content, Entry, EntryId};
 use crate::errors::Fault;
+use crate::follower::{Attachment, Follower, FollowerSource};
 use crate::groups::{self, MemberSource, Membership};
 use crate::keys::{Keys, NOBODY};
 use crate::leases::RedisLeases;
-use crate::link::{Cmd, Script};
+use crate::link::{Cmd, Script, slot_of};
 use crate::look::look;
 use crate::node::{INSTANCE, Node, queue};
-use crate::pause::Pause;
 use crate::publish::{Failed, millis};
 use crate::reply;
 use crate::settle::Place;
+use crate::{RedisBuilder, RedisServer};
 
 /// How many entries are read at a time where many are.
 const PAGE: usize = 500;
@@ -48,26 +46,20 @@ pub struct RedisStreamsPubSub(Arc<Node>);
 impl RedisStreamsPubSub {
     /// Configures an instance on the server at this host and port.
     pub fn builder(host: impl Into<String>, port: u16) -> RedisBuilder {
-        RedisBuilder::new(Config { server: ServerConfig::new_centralized(host.into(), port), ..Config::default() })
+        Self::builder_on(RedisServer::new(host, port))
     }
 
-    /// Configures an instance on the server that a URL names: `redis://[user:password@]host[:port][/database]`, and `rediss://` for TLS
-    /// where the cargo feature `tls` is on.
+    /// Configures an instance on this server.
+    pub fn builder_on(server: RedisServer) -> RedisBuilder {
+        RedisBuilder::new(server)
+    }
+
+    /// Configures an instance on the server that a [URL](RedisServer::from_url) names.
     ///
     /// # Errors
     /// `InvalidOption`, which does not quote the URL: it may hold a password.
     pub fn from_url(url: &str) -> Result<RedisBuilder> {
-        if url.starts_with("rediss:") && !cfg!(feature = "tls") {
-            return Err(Error::invalid_option("url", "`rediss:` needs the cargo feature `tls` of pubsub-redis"));
-        }
-        let refuse = |_| Error::invalid_option("url", "is no `redis://[user:password@]host[:port][/database]`");
-        Ok(RedisBuilder::new(Config::from_url_centralized(url).map_err(refuse)?))
-    }
-
-    /// Configures an instance on what a configuration of fred names: TLS of one's own, sentinels, anything fred connects to. Its protocol
-    /// version and what it does at the first connection are set here.
-    pub fn from_config(config: Config) -> RedisBuilder {
-        RedisBuilder::new(config)
+        RedisServer::from_url(url).map(Self::builder_on)
     }
 
     pub(crate) fn on(node: Arc<Node>) -> Self {
@@ -87,27 +79,17 @@ impl RedisStreamsPubSub {
         }
     }
 
-    /// Asks until there is an answer that is none of a connection being made again, but not for longer than a command may take.
+    /// Asks for as long as a command may take.
     async fn ask<T, F: Future<Output = Result<T, Fault>>>(
         &self,
         operation: &'static str,
         topic: &Topic,
         ask: impl Fn() -> F,
     ) -> Result<T> {
-        let (until, mut pause) = (Instant::now() + self.0.options().command_timeout, Pause::new());
-        loop {
-            let fault =
-                match self.unless_closed(timeout_at(until, ask())).await.map_err(|error| error.during(operation).on(topic))? {
-                    Ok(Ok(answer)) => return Ok(answer),
-                    Ok(Err(fault)) => fault,
-                    Err(_) => Fault::Unknown("there was no answer within command_timeout".into()),
-                };
-            let again = Instant::now() + pause.next();
-            if !fault.is_temporary() || again >= until {
-                return Err(Error::from(fault).during(operation).on(topic));
-            }
-            tokio::time::sleep_until(again).await;
-        }
+        let until = Instant::now() + self.0.options().command_timeout;
+        let answer = self.unless_closed(crate::ask::ask(until, true, ask)).await;
+        let answer = answer.and_then(|answer| answer.map_err(Error::from));
+        answer.map_err(|error| error.during(operation).on(topic))
     }
 
     /// Events that stay within this instance: never encoded, and with nowhere to wait but their subscribers' queues.
@@ -147,17 +129,18 @@ impl RedisStreamsPubSub {
             let attachment = Attachment::new(follower.clone(), channel.clone(), node.clone());
             attached.add_follower(&attachment);
             let live = channel.follow(&follower, at, &looked);
-            node.reader().enter(node);
+            node.readers().enter(channel, node);
             (attachment, inner.into_source(), channel.clone(), follower, live)
         })?;
         let source = FollowerSource { inner: source, attachment: attachment.clone() };
         if live {
-            node.reader().want(&channel);
+            node.readers().want(&channel, node);
         } else {
             channel.catch_up(follower, node);
         }
         // Dropped here, or failing, it is detached with its source.
-        self.unless_closed(node.reader().door.opened(Instant::now() + node.options().command_timeout)).await??;
+        let until = Instant::now() + node.options().command_timeout;
+        self.unless_closed(node.readers().opened(&channel, node, until)).await??;
         Ok(Subscription::new(topic.clone(), options, Box::new(source), attachment))
     }
 
@@ -174,7 +157,8 @@ impl RedisStreamsPubSub {
         let (membership, source) = node.attach(topic, |attached, channel| {
             let desk = attached.desk(topic, group).unwrap_or_else(|| {
                 let place = Arc::new(Place { stream: channel.stream.clone(), group: group.clone() });
-                let reader = attached.reader(group);
+                let slot = node.link().cluster().map(|_| slot_of(&channel.stream));
+                let reader = attached.reader(group, slot);
                 let desk = Desk::new(node.clone(), channel.clone(), place, queue(node, topic, Some(group)), reader);
                 channel.add_local(desk.local());
                 attached.add_desk(&desk);
@@ -258,14 +242,7 @@ impl PubSub for RedisStreamsPubSub {
                 let cursors = ids.into_iter().map(|id| Cursor::new(scope.clone(), id.position()));
                 Ok(cursors.collect::<Vec<_>>().into())
             }
-            Err(Failed { fault, published, unknown }) => {
-                let fate = |at| match at {
-                    at if at < published => Fate::Published,
-                    at if at < published + unknown => Fate::Unknown,
-                    _ => Fate::NotSent,
-                };
-                Err(PublishError::new(Error::from(fault).on(topic), (0..events.len()).map(fate).collect()))
-            }
+            Err(Failed { fault, fates }) => Err(PublishError::new(Error::from(fault).on(topic), fates)),
         }
     }
 

@@ -38,6 +38,28 @@ pub(crate) fn tuple<const N: usize>(value: Value) -> Parsed<[Value; N]> {
     array(value)?.try_into().map_err(|_| Fault::Nonsense("an array of another length was expected"))
 }
 
+/// What the commands of a transaction were answered: the answer to its end, if that is a list; else why it is none.
+pub(crate) fn executed(answers: impl Iterator<Item = Result<Value, Fault>>) -> Parsed<Vec<Value>> {
+    let mut last = Err(Fault::Nonsense("a transaction without an answer"));
+    let mut refused = None;
+    for answer in answers {
+        if let Err(fault) = &answer
+            && !fault.is("EXECABORT")
+        {
+            refused.get_or_insert_with(|| fault.clone());
+        }
+        last = answer;
+    }
+    match (last, refused) {
+        (Ok(Value::Array(answers)), None) => Ok(answers),
+        // A command that was refused when it was queued says why; the end of the transaction only that there was one.
+        (Err(fault), Some(refused)) if fault.is("EXECABORT") => Err(refused),
+        (Err(fault), _) => Err(fault),
+        (Ok(_), Some(fault)) => Err(Fault::Unknown(fault.to_string())),
+        (Ok(_), None) => Err(Fault::Nonsense("a transaction with another answer")),
+    }
+}
+
 /// A map, or what stands for one in the older protocol: a flat array, or an array of pairs.
 pub(crate) fn pairs(value: Value) -> Parsed<Vec<(Value, Value)>> {
     match value {

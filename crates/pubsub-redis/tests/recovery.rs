@@ -2,7 +2,7 @@
 //! processes killed and paused. On real servers; without one installed every test is shown as ignored, and fails where
 //! `PUBSUB_REQUIRE` names redis.
 
-#[expect(dead_code)] // the harness of the conformance suite uses more of it
+#[expect(dead_code)] // others use more of it
 #[path = "../../../conformance/src/harnesses/redis/server.rs"]
 mod server;
 
@@ -53,6 +53,10 @@ fn main() -> ExitCode {
         ("consumers of killed members are removed", |server| tidied(server).boxed()),
         ("entries have the shape that the TypeScript side reads and writes", |server| golden(server).boxed()),
         ("a retry is claimable by anybody when it is due, and not before", |server| back_off_on_server(server).boxed()),
+        ("followers that are outrun get or are told of everything, in order", |server| outrun(server).boxed()),
+        ("following many topics loses nothing when its connection is killed", |server| tracking_killed(server).boxed()),
+        ("following many topics outlives FLUSHALL", |server| tracking_emptied(server).boxed()),
+        ("following many topics works without the right to be told of changes", |server| tracking_refused(server).boxed()),
         ("an instance has a connection to write, one for fan-out, one for each name of a group", |server| few(server).boxed()),
     ];
     let arguments = Arguments::from_args();
@@ -510,6 +514,140 @@ async fn back_off_on_server(server: Arc<Server>) {
     assert_eq!(server.ask(&["XLEN", "mastra:topic:t"]).unwrap().number(), 1, "a retry is not written again");
 }
 
+/// One publisher, ten followers in its process, and a stream that keeps little: what is not handed over is told, to the last event.
+async fn outrun(server: Arc<Server>) {
+    const EVENTS: u64 = 40_000;
+    const TOGETHER: u64 = 200;
+    let bus = Bus::from(builder(&url(&server)).max_len(Some(2_000)).connect().await.unwrap());
+    let mut following = Vec::new();
+    for number in 0..10 {
+        let mut follower = bus.subscribe("t").await.unwrap();
+        following.push(tokio::spawn(async move {
+            let (mut due, mut lost) = (0, 0);
+            loop {
+                let delivery = match timeout(PATIENCE / 2, follower.next()).await {
+                    Ok(delivery) => delivery.unwrap().unwrap(),
+                    Err(_) => panic!("follower {number} stands still: {due} of {EVENTS}, of which {lost} were told to be lost"),
+                };
+                let is: u64 = delivery.event().event_type().parse().unwrap();
+                assert_eq!(due + delivery.lagged(), is, "follower {number}: missing without being told, or told wrongly");
+                (due, lost) = (is + 1, lost + delivery.lagged());
+                if is == EVENTS - 1 {
+                    break lost;
+                }
+                if number < 3 && is.is_multiple_of(100) {
+                    sleep(Duration::from_millis(1)).await; // some are slower than others
+                }
+            }
+        }));
+    }
+    for first in (0..EVENTS).step_by(TOGETHER as usize) {
+        let events: Vec<_> = (first..first + TOGETHER).map(|number| Arc::new(Event::new(number.to_string()))).collect();
+        bus.publish_with("t", &events, PublishOptions::new()).await.unwrap();
+    }
+    for follower in following {
+        follower.await.unwrap();
+    }
+}
+
+/// More topics than are read by one read that blocks.
+const MANY: usize = 200;
+
+async fn follow_many(bus: &Bus) -> Vec<Subscription> {
+    let subscribing = (0..MANY).map(|topic| bus.subscribe(format!("t{topic}")));
+    futures::future::try_join_all(subscribing).await.unwrap()
+}
+
+/// The connections that are told what has changed.
+fn tracking(server: &Server) -> Vec<String> {
+    let list = server.ask(&["CLIENT", "LIST"]).unwrap();
+    let field = |line: &str, name: &str| line.split(' ').find_map(|field| field.strip_prefix(name).map(str::to_owned));
+    let is = |line: &&str| field(line, "flags=").is_some_and(|flags| flags.contains('t'));
+    list.text().lines().filter(is).filter_map(|line| field(line, "id=")).collect()
+}
+
+async fn until_tracking(server: &Server, count: usize) {
+    timeout(PATIENCE, async {
+        while tracking(server).len() != count {
+            sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .expect("the connections that are told what has changed");
+}
+
+async fn tracking_killed(server: Arc<Server>) {
+    const ROUNDS: usize = 60;
+    let (bus, publisher) = (connect(&server).await, connect(&server).await);
+    let mut subscriptions = follow_many(&bus).await;
+    until_tracking(&server, 1).await;
+    let killing = {
+        let server = server.clone();
+        tokio::spawn(async move {
+            for _ in 0..15 {
+                for id in tracking(&server) {
+                    server.ask(&["CLIENT", "KILL", "ID", &id]).unwrap();
+                }
+                sleep(Duration::from_millis(100)).await;
+            }
+        })
+    };
+    let publishing = tokio::spawn(async move {
+        for round in 0..ROUNDS {
+            let publishing = (0..MANY).map(|topic| publisher.publish(format!("t{topic}"), Event::new(round.to_string())));
+            futures::future::try_join_all(publishing).await.unwrap();
+            sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let expected: Vec<_> = (0..ROUNDS).map(|round| round.to_string()).collect();
+    for subscription in &mut subscriptions {
+        assert_eq!(kinds(subscription, ROUNDS).await, expected);
+    }
+    publishing.await.unwrap();
+    killing.await.unwrap();
+    // What comes when nobody kills any more is told at once again.
+    until_tracking(&server, 1).await;
+    bus.publish("t7", Event::new("last")).await.unwrap();
+    assert_eq!(kinds(&mut subscriptions[7], 1).await, ["last"]);
+    // With few topics left it blocks again.
+    subscriptions.truncate(10);
+    until_tracking(&server, 0).await;
+    bus.publish("t7", Event::new("blocking")).await.unwrap();
+    assert_eq!(kinds(&mut subscriptions[7], 1).await, ["blocking"]);
+}
+
+async fn tracking_emptied(server: Arc<Server>) {
+    let bus = connect(&server).await;
+    let mut subscriptions = follow_many(&bus).await;
+    until_tracking(&server, 1).await;
+    for round in 0..2 {
+        for topic in 0..MANY {
+            bus.publish(format!("t{topic}"), Event::new(round.to_string())).await.unwrap();
+        }
+        for subscription in &mut subscriptions {
+            assert_eq!(kinds(subscription, 1).await, [round.to_string()]);
+        }
+        server.ask(&["FLUSHALL"]).unwrap();
+    }
+    // A stream that is deleted and comes back between two looks is one that has changed.
+    bus.publish("t3", Event::new("before")).await.unwrap();
+    assert_eq!(kinds(&mut subscriptions[3], 1).await, ["before"]);
+    server.ask(&["DEL", "mastra:topic:t3"]).unwrap();
+    bus.publish("t3", Event::new("after")).await.unwrap();
+    assert_eq!(kinds(&mut subscriptions[3], 1).await, ["after"]);
+}
+
+async fn tracking_refused(server: Arc<Server>) {
+    server.ask(&["ACL", "SETUSER", "plain", "on", ">secret", "~*", "&*", "+@all", "-client|tracking"]).unwrap();
+    let bus = Bus::from(builder(&format!("redis://plain:secret@{}", server.address)).connect().await.unwrap());
+    let mut subscriptions = follow_many(&bus).await;
+    for topic in [0, MANY / 2, MANY - 1] {
+        bus.publish(format!("t{topic}"), Event::new("x")).await.unwrap();
+        assert_eq!(kinds(&mut subscriptions[topic], 1).await, ["x"]);
+    }
+    assert_eq!(tracking(&server).len(), 0);
+}
+
 async fn few(server: Arc<Server>) {
     let bus = connect(&server).await;
     assert_eq!(clients(&server), 1);
@@ -523,6 +661,11 @@ async fn few(server: Arc<Server>) {
         }
     }
     assert_eq!(clients(&server), 4);
+    // Many topics need no more, though they are followed in another way.
+    let many = follow_many(&bus).await;
+    until_tracking(&server, 1).await;
+    assert_eq!(clients(&server), 4);
+    drop(many);
     for topic in 0..20 {
         bus.publish(format!("t{topic}"), Event::new("x")).await.unwrap();
     }

@@ -1,8 +1,9 @@
 //! The bus over Redis Streams as a harness, on a real server: `redis`.
 
-mod process;
+mod cluster;
 mod proxy;
 mod server;
+mod store;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,9 +17,11 @@ use pubsub_core::{
 };
 use pubsub_redis::{RedisBuilder, RedisStreamsPubSub};
 
-pub use self::process::{is_other_process, other_process};
+pub use self::cluster::RedisClusterHarness;
 use self::proxy::Proxy;
 use self::server::{Answer, Server};
+pub use self::store::RedisStoreHarness;
+use super::process;
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
 
 /// After how long what a silent member held goes to others.
@@ -50,7 +53,19 @@ fn builder(url: &str, prefix: &str) -> Result<RedisBuilder> {
     Ok(builder.command_timeout(Duration::from_secs(4)).publish_timeout(Duration::from_secs(6)))
 }
 
+/// An instance in another process, by the URL and the prefix of its bus.
+pub(super) async fn connect(place: &str) -> Result<Arc<dyn PubSub>> {
+    let (url, prefix) = place.split_once(' ').unwrap_or_default();
+    Ok(Arc::new(builder(url, prefix)?.connect().await?))
+}
+
 impl RedisHarness {
+    fn another(&self) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let running = if self.number.is_some() { self.running.clone() } else { Arc::default() };
+        Self { running, number: Some(NEXT.fetch_add(1, Ordering::Relaxed)) }
+    }
+
     fn running(&self) -> Result<&Running> {
         if let Some(running) = self.running.get() {
             return Ok(running);
@@ -102,9 +117,7 @@ impl Harness for RedisHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let running = if self.number.is_some() { self.running.clone() } else { Arc::default() };
-        Ok(Arc::new(Self { running, number: Some(NEXT.fetch_add(1, Ordering::Relaxed)) }))
+        Ok(Arc::new(self.another()))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
@@ -195,6 +208,6 @@ impl Raw for RedisHarness {
 #[async_trait]
 impl Processes for RedisHarness {
     async fn start(&self, job: Job) -> Result<Box<dyn Process>> {
-        process::start(self.url()?, self.prefix(), &job).await
+        process::start("redis", &format!("{} {}", self.url()?, self.prefix()), &job).await
     }
 }

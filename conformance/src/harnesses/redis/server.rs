@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +14,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) struct Server {
     pub(super) address: SocketAddr,
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
+    arguments: Vec<String>,
     child: Mutex<Option<Child>>,
 }
 
@@ -24,25 +25,84 @@ pub(super) fn is_installed() -> bool {
     version.is_ok_and(|status| status.success())
 }
 
+/// A port that nobody listens on just now.
+pub(super) fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}
+
 impl Server {
     pub(super) fn start() -> io::Result<Self> {
+        Self::start_with(|_, _| Ok(Vec::new()))
+    }
+
+    /// One with further arguments, which are told its directory and its port.
+    pub(super) fn start_with(arguments: impl FnOnce(&Path, u16) -> io::Result<Vec<String>>) -> io::Result<Self> {
+        Self::start_as(|directory, port| {
+            let own = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"];
+            let mut all: Vec<_> = own.map(str::to_owned).into();
+            all.extend(arguments(directory, port)?);
+            Ok(all)
+        })
+    }
+
+    /// One with no arguments but these, and where it is.
+    pub(super) fn start_as(arguments: impl FnOnce(&Path, u16) -> io::Result<Vec<String>>) -> io::Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let directory = std::env::temp_dir().join(format!("pubsub-redis-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&directory)?;
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let server = Self { address: (Ipv4Addr::LOCALHOST, port).into(), directory, child: Mutex::new(None) };
+        let port = free_port()?;
+        let arguments = arguments(&directory, port)?;
+        let server = Self { address: (Ipv4Addr::LOCALHOST, port).into(), directory, arguments, child: Mutex::new(None) };
         server.spawn()?;
         Ok(server)
     }
 
+    /// A node for a cluster, which belongs to none yet. In its directory is which port it talks to other nodes on.
+    pub(super) fn start_node() -> io::Result<Self> {
+        Self::start_with(|directory, _| {
+            let bus = free_port()?.to_string();
+            std::fs::write(directory.join("bus-port"), &bus)?;
+            let words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &bus];
+            Ok(words.into_iter().chain(["--repl-diskless-sync-delay", "0"]).map(str::to_owned).collect())
+        })
+    }
+
+    /// A cluster of so many masters, which share the slots evenly.
+    pub(super) fn start_cluster(masters: usize) -> io::Result<Vec<Self>> {
+        let nodes = (0..masters).map(|_| Self::start_node()).collect::<io::Result<Vec<_>>>()?;
+        for (number, node) in nodes.iter().enumerate() {
+            let (from, to) = (16384 * number / masters, 16384 * (number + 1) / masters - 1);
+            node.ask(&["CLUSTER", "SET-CONFIG-EPOCH", &(number + 1).to_string()])?;
+            node.ask(&["CLUSTER", "ADDSLOTSRANGE", &from.to_string(), &to.to_string()])?;
+            node.meet(&nodes[0])?;
+        }
+        let until = Instant::now() + PATIENCE;
+        let is_whole = |node: &Self| -> io::Result<bool> {
+            let (info, known) = (node.ask(&["CLUSTER", "INFO"])?, node.ask(&["CLUSTER", "SLOTS"])?);
+            Ok(info.text().contains("cluster_state:ok") && known.list().len() == masters)
+        };
+        while !nodes.iter().map(is_whole).collect::<io::Result<Vec<_>>>()?.into_iter().all(|is_whole| is_whole) {
+            if Instant::now() > until {
+                return Err(io::Error::other("the nodes do not make a cluster"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(nodes)
+    }
+
+    /// Makes it known to another node.
+    pub(super) fn meet(&self, other: &Self) -> io::Result<()> {
+        let (port, bus) = (other.address.port().to_string(), std::fs::read_to_string(other.directory.join("bus-port"))?);
+        self.ask(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).map(drop)
+    }
+
     /// Starts it over what its directory holds.
-    fn spawn(&self) -> io::Result<()> {
+    pub(super) fn spawn(&self) -> io::Result<()> {
         // The shell ends the server when this process is gone, however that comes: then nobody holds the other end of its input.
         let mut command = Command::new("sh");
-        command.args(["-c", "redis-server \"$@\" & read _; kill -KILL $!; wait", "sh"]);
-        command.args(["--bind", "127.0.0.1", "--port", &self.address.port().to_string(), "--save", ""]);
-        command.args(["--appendonly", "yes", "--appendfsync", "everysec"]);
+        command.args(["-c", "redis-server \"$@\" & read _; kill -KILL $!; wait", "sh"]).args(&self.arguments);
+        command.args(["--bind", "127.0.0.1", "--port", &self.address.port().to_string()]);
         command.arg("--dir").arg(&self.directory).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn()?;
         let until = Instant::now() + PATIENCE;
@@ -68,7 +128,7 @@ impl Server {
     }
 
     /// Kills it; gone when this returns.
-    fn kill(&self) {
+    pub(super) fn kill(&self) {
         if let Some(mut child) = self.child.lock().take() {
             drop(child.stdin.take());
             let _ = child.wait();

@@ -86,7 +86,7 @@ impl Desk {
 
     /// What came of it: what was taken over, and whether there may be more.
     pub(crate) fn claimed(&self, claimed: Option<Claimed>, more: bool) {
-        let Claimed { arrivals, lost, mine, left_alone, alone } = claimed.unwrap_or_default();
+        let Claimed { arrivals, lost, mine, left_alone, alone, of_silent } = claimed.unwrap_or_default();
         let (forgotten, again) = {
             let mut state = self.state.lock();
             state.busy = false;
@@ -102,6 +102,13 @@ impl Desk {
         };
         for (id, count) in forgotten {
             drop(self.record(id, count, What::Free { due: Instant::now(), count: count.saturating_sub(1) }));
+        }
+        self.tell_lost(lost);
+        if of_silent > 0
+            && let Some(count) = self.node.told.taken_over.count(of_silent)
+        {
+            let (topic, group) = (self.topic(), &self.place.group);
+            tracing::warn!(%topic, %group, count, "took over what a silent member held");
         }
         self.arrive(arrivals);
         if again {
@@ -164,6 +171,8 @@ pub(crate) struct Claimed {
     pub(crate) lost: u64,
     /// What this instance is said to hold and has not renewed.
     pub(crate) mine: Vec<(EntryId, u64)>,
+    /// How many were held by members that fell silent.
+    pub(crate) of_silent: u64,
     /// Whether one was left that has to run alone.
     pub(crate) left_alone: bool,
     /// The one that runs alone.

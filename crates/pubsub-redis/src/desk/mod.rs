@@ -305,6 +305,16 @@ impl Desk {
         self.state.lock().in_read = false;
     }
 
+    /// So much was trimmed away before this group had read or settled it.
+    fn tell_lost(&self, lost: u64) {
+        if lost > 0
+            && let Some(count) = self.node.told.trimmed.count(lost)
+        {
+            let (topic, group) = (self.topic(), &self.place.group);
+            tracing::warn!(%topic, %group, count, "events were trimmed away before a group had read them");
+        }
+    }
+
     /// Something was read: perhaps nothing, and perhaps there is more.
     pub(crate) fn read(&self, entries: Vec<Entry>, lost: u64, asked: usize) {
         {
@@ -317,6 +327,7 @@ impl Desk {
                 state.seen = state.seen.max(last.id);
             }
         }
+        self.tell_lost(lost);
         self.arrive(entries.into_iter().map(|entry| Arrival { entry, count: 1 }).collect());
     }
 
@@ -331,7 +342,7 @@ impl Desk {
         {
             let mut state = self.state.lock();
             state.progress = Some(now);
-            for Arrival { entry: Entry { id, content }, count } in arrivals {
+            for Arrival { entry: Entry { id, content, .. }, count } in arrivals {
                 match content {
                     Content::Event { event, earlier } => {
                         let attempt = u32::try_from(count).unwrap_or(u32::MAX).saturating_add(earlier);

@@ -3,10 +3,10 @@
 -- that may have killed its holders twice may be taken: that one comes alone.
 -- Returns: what was taken (id, how often it was delivered now, whether it is to run alone, fields); how many were trimmed away;
 -- what this consumer is said to hold and has not renewed (id, how often it was delivered); and whether one that has to run alone
--- was left.
+-- was left; how many of what was taken somebody had held.
 local group, me, nobody, idle = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local free, silent, alone = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
-local taken, lost, mine, left, from = {}, 0, {}, 0, '-'
+local taken, lost, mine, left, from, held = {}, 0, {}, 0, '-', 0
 repeat
   local page = redis.call('XPENDING', KEYS[1], group, 'IDLE', idle, from, '+', 100)
   for _, pending in ipairs(page) do
@@ -27,12 +27,12 @@ repeat
       local claimed = redis.call('XCLAIM', KEYS[1], group, me, idle, id)
       if claimed[1] then
         taken[#taken + 1] = {id, count + 1, runs_alone, claimed[1][2]}
-        if owner == nobody then free = free - 1 else silent = silent - 1 end
-        if runs_alone == 1 then return {taken, lost, mine, 0} end
+        if owner == nobody then free = free - 1 else silent, held = silent - 1, held + 1 end
+        if runs_alone == 1 then return {taken, lost, mine, 0, held} end
       else
         lost = lost + 1 -- it is no longer in the stream, and now not pending either
       end
     end
   end
 until #page < 100 or (free <= 0 and silent <= 0)
-return {taken, lost, mine, left}
+return {taken, lost, mine, left, held}

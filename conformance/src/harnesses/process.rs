@@ -1,4 +1,4 @@
-//! Another process on the bus: the program that runs the suite, started once more with a job in its environment.
+//! Another process on a bus: the program that runs the suite, started once more with a job in its environment.
 
 use std::io::{self, BufRead, BufReader};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -6,15 +6,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::StreamExt;
-use pubsub_core::{Event, Group, PubSub, PublishOptions, Result, SubscribeOptions, Topic};
+use pubsub_core::{Error, ErrorKind, Event, Group, PubSub, PublishOptions, Result, SubscribeOptions, Topic};
 
-use super::{builder, failed};
+use super::{redis, unix};
 use crate::{Job, Process};
 
 const JOB: &str = "PUBSUB_CONFORMANCE_JOB";
 const READY: &str = "ready";
 
-/// Whether this process was started to do a job. Every program that runs the suite over this harness asks that first, and then
+/// Whether this process was started to do a job. Every program that runs the suite over the harnesses here asks that first, and then
 /// leaves its `main` to [`other_process`].
 pub fn is_other_process() -> bool {
     std::env::var_os(JOB).is_some()
@@ -33,14 +33,26 @@ pub fn other_process() -> ExitCode {
     }
 }
 
+fn failed(error: io::Error) -> Error {
+    Error::new(ErrorKind::Backend("another process of the harness".into())).caused_by(error)
+}
+
 enum Never {}
+
+async fn connect(backend: &str, place: &str) -> Result<Arc<dyn PubSub>> {
+    match backend {
+        "redis" => redis::connect(place).await,
+        "unix" => unix::connect(place).await,
+        _ => Err(failed(io::Error::other("a backend that is not understood"))),
+    }
+}
 
 async fn work(job: &str) -> Result<Never> {
     let words: Vec<&str> = job.split('|').collect();
-    let [url, prefix, what, topic, group, count] = words[..] else {
+    let [backend, place, what, topic, group, count] = words[..] else {
         return Err(failed(io::Error::other("a job that is not understood")));
     };
-    let (bus, topic) = (builder(url, prefix)?.connect().await?, Topic::new(topic)?);
+    let (bus, topic) = (connect(backend, place).await?, Topic::new(topic)?);
     let count: usize = count.parse().map_err(|error| failed(io::Error::other(error)))?;
     let (mut held, mut member) = (Vec::new(), None);
     if what == "publish" {
@@ -62,10 +74,11 @@ async fn work(job: &str) -> Result<Never> {
 
 struct Other(Child);
 
-pub(super) async fn start(url: String, prefix: String, job: &Job) -> Result<Box<dyn Process>> {
+/// Starts one that does this on the bus of a backend at a place, which is a word to that backend.
+pub(super) async fn start(backend: &str, place: &str, job: &Job) -> Result<Box<dyn Process>> {
     let job = match job {
-        Job::Publish { topic, count } => format!("{url}|{prefix}|publish|{topic}||{count}"),
-        Job::Hold { topic, group, count } => format!("{url}|{prefix}|hold|{topic}|{group}|{count}"),
+        Job::Publish { topic, count } => format!("{backend}|{place}|publish|{topic}||{count}"),
+        Job::Hold { topic, group, count } => format!("{backend}|{place}|hold|{topic}|{group}|{count}"),
     };
     let starting = tokio::task::spawn_blocking(move || {
         let mut command = Command::new(std::env::current_exe()?);
