@@ -102,12 +102,15 @@ impl<R: Read> Lines<R> {
 }
 
 /// The event of a line: the JSON form that events have on every wire, of which only the type is required.
-fn event(line: Vec<u8>, max_payload: Option<usize>) -> Result<Event, String> {
+fn event(mut line: Vec<u8>, max_payload: Option<usize>) -> Result<Event, String> {
+    line.truncate(line.trim_ascii_end().len()); // an end of line would put what is missing at its end on a second one
     if let Err(error) = std::str::from_utf8(&line) {
         return Err(format!("not UTF-8 at column {}", error.valid_up_to() + 1));
     }
     let stamp = Stamp { id: EventId::random(), created_at: Timestamp::now() };
-    let told = |error: pubsub_core::Error| error.to_string().replace(" at line 1 column ", " at column ");
+    let told = |error: pubsub_core::Error| {
+        error.to_string().replace(" at line 1 column 0", "").replace(" at line 1 column ", " at column ")
+    };
     let event = wire::decode(&Bytes::from(line), Some(stamp)).map_err(told)?.event;
     if event.event_type().is_empty() {
         return Err("the type is empty".to_owned());

@@ -15,6 +15,8 @@ usage: cargo xtask COMMAND
   test                                            set up what tests need, then run every test
   conformance [--backend NAME] [--only ID] [--json FILE]
                                                   run the delivery-semantics suite and print its matrix
+  systems [--backend NAME]                        run the five systems as processes on each backend, and print how long each took
+  guarantees                                      write the README's table of what each backend guarantees
   bench [--mimalloc] [--peers] [--backend NAME] [--json FILE]
                                                   measure ours, the limit and the peers in one run
   ci                                              everything that must hold: format, lints, documentation, tests,
@@ -35,6 +37,9 @@ fn main() -> ExitCode {
     let outcome = match (command, rest) {
         ("test", []) => test(),
         ("conformance", rest) => conformance(rest),
+        ("guarantees", []) => guarantees(),
+        ("systems", []) => systems(None),
+        ("systems", [option, backend]) if option == "--backend" => systems(Some(backend)),
         ("bench", rest) => bench(rest),
         ("ci", []) => ci::run_all(),
         ("tidy", []) => tidy::run(),
@@ -88,6 +93,23 @@ fn sudo(program: &str) -> Command {
 fn conformance(arguments: &[String]) -> Outcome {
     let program = ["run", "--package", "pubsub-conformance", "--all-features", "--bin", "pubsub-conformance", "--"];
     step::run("conformance", cargo(program).args(arguments))
+}
+
+/// What each backend guarantees, from the suite's reports, between two marks of the README.
+fn guarantees() -> Outcome {
+    const MARKS: (&str, &str) = ("<!-- written by `cargo xtask guarantees` -->\n", "<!-- until here -->");
+    let program = ["run", "--quiet", "--package", "pubsub-conformance", "--all-features", "--bin", "pubsub-conformance", "--"];
+    let table = step::read(cargo(program).arg("--guarantees"))?;
+    let readme = std::fs::read_to_string("README.md").map_err(|error| format!("README.md: {error}"))?;
+    let parts = readme.split_once(MARKS.0).and_then(|(head, rest)| Some((head, rest.split_once(MARKS.1)?.1)));
+    let (head, tail) = parts.ok_or("README.md: its marks for the table are gone")?;
+    std::fs::write("README.md", [head, MARKS.0, &table, MARKS.1, tail].concat()).map_err(|error| format!("README.md: {error}"))
+}
+
+fn systems(backend: Option<&str>) -> Outcome {
+    step::run("build examples", &mut cargo(["build", "--package", "pubsub-examples", "--examples"]))?;
+    let mut program = cargo(["test", "--package", "pubsub-examples", "--test", "systems", "--"]);
+    step::run("systems", program.args(backend.map(|name| format!("{name}/"))))
 }
 
 fn bench(arguments: &[String]) -> Outcome {

@@ -15,8 +15,12 @@ const IO_FEATURES: &[&str] = &["fs", "io-std", "io-util", "net", "process", "sig
 /// The one published crate that may know more than the contract: it brings the backends together.
 const BRINGS_TOGETHER: &str = "pubsub-connect";
 
+/// Documents that show examples, and what their blocks begin with.
+const SHOWN: [(&str, &[&str]); 2] =
+    [("README.md", &["```rust"]), ("crates/pubsub-core/src/guide/backends.md", &["```\n", "```ignore"])];
+
 pub(crate) fn run() -> Outcome {
-    timed("tidy", "file length, openings, leftovers, manifests, dependencies, README", || {
+    timed("tidy", "file length, openings, leftovers, manifests, dependencies, shown examples", || {
         let mut wrong = Vec::new();
         let sources = sources()?;
         for (path, text) in &sources {
@@ -24,8 +28,10 @@ pub(crate) fn run() -> Outcome {
         }
         check_manifests(&mut wrong)?;
         check_dependencies(&mut wrong)?;
-        if let Ok(readme) = fs::read_to_string("README.md") {
-            check_readme(&readme, &sources, &mut wrong);
+        check_features(&mut wrong)?;
+        for (path, fences) in SHOWN {
+            let text = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+            check_shown(path, &text, fences, &sources, &mut wrong);
         }
         wrong.iter().for_each(|wrong| eprintln!("{wrong}"));
         if wrong.is_empty() { Ok(()) } else { Err(format!("tidy: {} found", wrong.len())) }
@@ -106,14 +112,48 @@ fn check_tree(name: &str, tree: &str, crates: &BTreeSet<String>, wrong: &mut Vec
     }
 }
 
-/// Every Rust block of the README is, word for word, code that is compiled and run as an example.
-fn check_readme(readme: &str, sources: &[(String, String)], wrong: &mut Vec<String>) {
+/// Who depends on one backend by URL gets no other: each feature of the crate that brings them together brings one.
+fn check_features(wrong: &mut Vec<String>) -> Outcome {
+    let path = format!("crates/{BRINGS_TOGETHER}/Cargo.toml");
+    let manifest = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+    let features = features(&manifest);
+    if features.is_empty() {
+        wrong.push(format!("{path}: no feature brings a backend"));
+    }
+    for (feature, backend) in features {
+        let tree = ["tree", "--package", BRINGS_TOGETHER, "--no-default-features", "--features", feature];
+        let shown = ["--edges", "normal", "--prefix", "none", "--format", "{p}"];
+        check_feature(feature, backend, &read(cargo(tree).args(shown))?, wrong);
+    }
+    Ok(())
+}
+
+/// The features that bring a crate of ours, each with that crate.
+fn features(manifest: &str) -> Vec<(&str, &str)> {
+    let lines = manifest.split("[features]").nth(1).unwrap_or_default().lines().take_while(|line| !line.starts_with('['));
+    lines.filter_map(|line| Some((line.split_once(" = ")?.0, line.split_once("\"dep:pubsub-")?.1.split_once('"')?.0))).collect()
+}
+
+fn check_feature(feature: &str, backend: &str, tree: &str, wrong: &mut Vec<String>) {
+    let ours = tree.lines().filter_map(|line| line.split(' ').next()?.strip_prefix("pubsub-"));
+    let found: BTreeSet<_> = ours.filter(|name| !["core", "connect"].contains(name)).collect();
+    if found != BTreeSet::from([backend]) {
+        wrong.push(format!("{BRINGS_TOGETHER}: the feature `{feature}` brings {found:?}, and is to bring `{backend}` alone"));
+    }
+}
+
+/// Every such block of a document is, word for word, code that is compiled and run as an example.
+fn check_shown(path: &str, text: &str, fences: &[&str], sources: &[(String, String)], wrong: &mut Vec<String>) {
     let examples: Vec<_> = sources.iter().filter(|(path, _)| path.starts_with("examples/")).collect();
-    for block in readme.split("```rust").skip(1) {
-        let block = block.split_once('\n').map_or("", |(_, rest)| rest).split("```").next().unwrap_or_default().trim();
+    // Fences come in pairs: what is between blocks is every other piece.
+    for block in text.split("```").skip(1).step_by(2).filter(|block| {
+        let fenced = format!("```{block}");
+        fences.iter().any(|fence| fenced.starts_with(fence))
+    }) {
+        let block = block.split_once('\n').map_or("", |(_, rest)| rest).trim();
         if !examples.iter().any(|(_, text)| text.contains(block)) {
             let first = block.lines().next().unwrap_or_default();
-            wrong.push(format!("README.md: the block that begins `{first}` is in no file under examples/"));
+            wrong.push(format!("{path}: the block that begins `{first}` is in no file under examples/"));
         }
     }
 }
@@ -184,12 +224,29 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_shows_examples() {
+    fn a_feature_brings_one_backend() {
+        let manifest = "[features]\ndefault = [\"memory\"]\nmemory = [\"dep:pubsub-emitter\"] # one\n[dependencies]\n";
+        assert_eq!(features(manifest), [("memory", "emitter")]);
+        let count = |tree| {
+            let mut wrong = Vec::new();
+            check_feature("memory", "emitter", tree, &mut wrong);
+            wrong.len()
+        };
+        assert_eq!(count("pubsub-connect v0.1.0\npubsub-core v0.1.0\npubsub-emitter v0.1.0\ntokio v1.48.0\n"), 0);
+        assert_eq!(count("pubsub-connect v0.1.0\npubsub-core v0.1.0\n"), 1);
+        assert_eq!(count("pubsub-emitter v0.1.0\npubsub-redis v0.1.0\n"), 1);
+    }
+
+    #[test]
+    fn what_is_shown_is_an_example() {
         let sources = [("examples/examples/a.rs".to_owned(), "//! A.\nfn main() {}\n".to_owned())];
-        let mut wrong = Vec::new();
-        check_readme("```rust\nfn main() {}\n```\n```sh\nls\n```\n", &sources, &mut wrong);
-        assert!(wrong.is_empty());
-        check_readme("```rust,no_run\nfn other() {}\n```\n", &sources, &mut wrong);
-        assert_eq!(wrong.len(), 1);
+        let count = |text, fence| {
+            let mut wrong = Vec::new();
+            check_shown("README.md", text, &[fence], &sources, &mut wrong);
+            wrong.len()
+        };
+        assert_eq!(count("```rust\nfn main() {}\n```\n```sh\nls\n```\n", "```rust"), 0);
+        assert_eq!(count("```rust,no_run\nfn other() {}\n```\n", "```rust"), 1);
+        assert_eq!(count("```toml\na = 1\n```\n\n```\nfn other() {}\n```\n", "```\n"), 1);
     }
 }

@@ -19,6 +19,9 @@ struct Options {
     /// Write the list of reports to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Run nothing, and print what the backends guarantee, as the README shows it
+    #[arg(long, conflicts_with_all = ["backends", "only", "json"])]
+    guarantees: bool,
 }
 
 fn main() -> ExitCode {
@@ -36,6 +39,11 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool, String> {
+    let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
+    if options.guarantees {
+        print!("{}", harnesses::guarantees(&expectations).map_err(|error| error.to_string())?);
+        return Ok(true);
+    }
     let only = options.only.as_deref().map(str::to_uppercase);
     let (known, mut chosen_stores) = (harnesses::all(), harnesses::stores());
     let chosen: Vec<Arc<dyn Harness>> = if options.backends.is_empty() {
@@ -66,7 +74,7 @@ fn run(options: &Options) -> Result<bool, String> {
         // Only a whole report can be compared with the expectation, and only of what can run.
         if options.only.is_none()
             && unavailable.is_none()
-            && let Err(differences) = report.check_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations"))
+            && let Err(differences) = report.check_file(&expectations)
         {
             eprintln!("{}: {differences}", report.backend());
             as_expected = false;

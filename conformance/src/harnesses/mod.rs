@@ -2,6 +2,7 @@
 
 mod cached;
 mod emitter;
+mod guarantees;
 mod memory_store;
 mod process;
 mod redis;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
+pub use guarantees::guarantees;
 pub use memory_store::MemoryStoreHarness;
 pub use process::{is_other_process, other_process};
 pub use redis::{RedisClusterHarness, RedisHarness, RedisStoreHarness};

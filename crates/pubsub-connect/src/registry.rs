@@ -173,6 +173,12 @@ impl Registry {
         let replaying = self.replaying(url)?;
         let lender = url.text("leases").map(str::to_owned);
         let connecting = factory(url)?;
+        if let Some((store, _)) = &replaying
+            && let Some(option) = url.leftover_of(store)
+        {
+            let why = format!("is an option of the store: it goes into `replay`, as in `replay=memory%3F{option}=VALUE`");
+            return Err(Error::invalid_option(option.to_owned(), why));
+        }
         url.refuse_leftovers()?;
         let lender = match lender {
             Some(_) if depth == MAX_NESTING => {
@@ -183,8 +189,8 @@ impl Registry {
             None => None,
         };
         let mut bus = connecting.await?;
-        if let Some(replaying) = replaying {
-            bus = replaying(bus).await?;
+        if let Some((_, decorate)) = replaying {
+            bus = decorate(bus).await?;
         }
         let Some(lender) = lender else { return Ok(bus) };
         let Some(leases) = lender.leases() else {
@@ -193,9 +199,10 @@ impl Registry {
         Ok(leases::lend(bus, lender, leases))
     }
 
-    /// What `replay` and the decorator's own options ask for: once everything of the URL has been checked, it decorates.
+    /// What `replay` and the decorator's own options ask for: once everything of the URL has been checked, it decorates. With it come
+    /// the options that the store takes.
     #[cfg(feature = "replay")]
-    fn replaying(&self, url: &mut BusUrl) -> Result<Option<Decorate>> {
+    fn replaying(&self, url: &mut BusUrl) -> Result<Option<(Vec<&'static str>, Decorate)>> {
         use crate::replay::{Options, store_url};
 
         let Some(store) = url.text("replay").map(str::to_owned) else { return Ok(None) };
@@ -209,11 +216,14 @@ impl Registry {
         })?;
         let connecting = factory(&mut store).map_err(in_store)?;
         store.refuse_leftovers().map_err(in_store)?;
-        Ok(Some(Box::new(move |bus| async move { options.decorate(&bus, connecting.await.map_err(in_store)?) }.boxed())))
+        let takes = store.asked().to_vec();
+        let decorate: Decorate =
+            Box::new(move |bus| async move { options.decorate(&bus, connecting.await.map_err(in_store)?) }.boxed());
+        Ok(Some((takes, decorate)))
     }
 
     #[cfg(not(feature = "replay"))]
-    fn replaying(&self, url: &mut BusUrl) -> Result<Option<Decorate>> {
+    fn replaying(&self, url: &mut BusUrl) -> Result<Option<(Vec<&'static str>, Decorate)>> {
         match url.text("replay") {
             Some(_) => Err(Error::invalid_option("replay", "needs the cargo feature `replay` of pubsub-connect")),
             None => Ok(None),

@@ -244,6 +244,18 @@ impl BusUrl {
         })
     }
 
+    /// The options that were asked for.
+    #[cfg(feature = "replay")]
+    pub(crate) fn asked(&self) -> &[&'static str] {
+        &self.asked
+    }
+
+    /// Whether the first option that nobody asked for is one of these; it, if so.
+    pub(crate) fn leftover_of(&self, others: &[&str]) -> Option<&str> {
+        let (unknown, _) = self.options.iter().find(|(name, _)| !self.asked.contains(&name.as_str()))?;
+        others.contains(&unknown.as_str()).then_some(unknown)
+    }
+
     /// Refuses the first option that nobody asked for.
     pub(crate) fn refuse_leftovers(&self) -> Result<()> {
         let Some((unknown, _)) = self.options.iter().find(|(name, _)| !self.asked.contains(&name.as_str())) else {

@@ -73,6 +73,8 @@ async fn each_refusal_names_what_is_at_fault() {
         #[cfg(feature = "replay")]
         ("memory:?replay=memory%3A%3Fmax_evens=3", "max_evens", "the nearest known option is `max_events`"),
         #[cfg(feature = "replay")]
+        ("memory:?replay=memory&max_events=3", "max_events", "as in `replay=memory%3Fmax_events=VALUE`"),
+        #[cfg(feature = "replay")]
         ("memory:?replay=memory%3Fmax_events=0", "max_events", "at least 1"),
         #[cfg(feature = "replay")]
         ("memory:?replay=memory://host", "replay", "has no host"),

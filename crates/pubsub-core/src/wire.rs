@@ -78,7 +78,7 @@ impl<T: std::fmt::Display> Serialize for Text<T> {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "an event")]
 struct Wire<'a> {
     #[serde(rename = "type")]
     event_type: String,

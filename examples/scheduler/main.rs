@@ -1,0 +1,193 @@
+//! Schedulers that share their schedules. One of three dies between claiming a fire and publishing it, and another makes it; then all of
+//! them are gone for a while, and what was missed is handled as each schedule's policy says.
+//!
+//! `cargo run --example scheduler [URL]`. A bus without leases takes them from another, by `?leases=URL`.
+
+mod claim;
+mod schedule;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use claim::{Claims, RUNS};
+use fleet::{Fleet, Proof, Role};
+use futures::future::try_join_all;
+use futures::stream::select_all;
+use pubsub_core::{Capability, Error, Event, Result, Timestamp};
+use schedule::{Missed, Schedule, When};
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+/// Where schedulers tell what they do.
+const SCHEDULES: &str = "schedules";
+
+/// A time that passed so long ago was missed.
+const TOLERANCE: i64 = 500;
+
+/// How far a scheduler looks back when it begins, in milliseconds.
+const LOOK_BACK: i64 = 30_000;
+
+/// How long there is no scheduler at all.
+const OUTAGE: Duration = Duration::from_millis(2200);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    fleet::run(&[Capability::Leases], direct, work).await
+}
+
+fn schedules() -> Result<[Schedule; 3]> {
+    let every_second = When::cron("* * * * * *").map_err(|error| Error::invalid_option("cron", error.to_string()))?;
+    let every = |millis| When::Every(Duration::from_millis(millis));
+    Ok([
+        Schedule { id: "tick", when: every(200), missed: Missed::FireAll },
+        Schedule { id: "report", when: every_second, missed: Missed::FireLatest },
+        Schedule { id: "digest", when: every(500), missed: Missed::Skip },
+    ])
+}
+
+fn now() -> i64 {
+    Timestamp::now().as_millis()
+}
+
+/// A scheduler: any number of them keep the same schedules.
+async fn work(role: Role) -> Result<()> {
+    let leases = role.bus.leases().ok_or(Error::unsupported(Capability::Leases))?;
+    let hesitates = role.role == "hesitant";
+    let claims = Claims { bus: role.bus.clone(), leases, owner: role.name.clone(), hesitates };
+    role.ready().await?;
+    try_join_all(schedules()?.map(|schedule| keep(claims.clone(), schedule))).await?;
+    Ok(())
+}
+
+/// What a scheduler tells about times that passed without one.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Late {
+    schedule_id: String,
+    missed: Vec<i64>,
+}
+
+async fn keep(claims: Claims, schedule: Schedule) -> Result<()> {
+    let mut fires = JoinSet::new();
+    let mut after = begin(&claims, &schedule).await?;
+    loop {
+        let now = now();
+        let due: Vec<i64> = schedule.when.after(after).take_while(|due| *due <= now).collect();
+        after = due.last().copied().unwrap_or(after);
+        let (missed, on_time): (Vec<i64>, Vec<i64>) = due.into_iter().partition(|due| *due < now - TOLERANCE);
+        for due in schedule.missed.choose(&missed).iter().chain(&on_time) {
+            fires.spawn(claims.clone().fire(schedule.id, *due));
+        }
+        if !missed.is_empty() {
+            let late = Late { schedule_id: schedule.id.to_owned(), missed };
+            claims.bus.publish_data(SCHEDULES, "schedule.missed", late).await?;
+        }
+        while let Some(Ok(fired)) = fires.try_join_next() {
+            fired?;
+        }
+        let Some(next) = schedule.when.after(after).next() else { return Ok(()) };
+        sleep(Duration::from_millis((next - self::now()).max(0).unsigned_abs())).await;
+    }
+}
+
+/// Where a schedule is taken up: behind what was fired, or with the present if nothing ever was.
+async fn begin(claims: &Claims, schedule: &Schedule) -> Result<i64> {
+    let now = now();
+    let mut from = None;
+    for due in schedule.when.after(now - LOOK_BACK).take_while(|due| *due <= now) {
+        // Where all are fired, one that was claimed and left behind may lie between others.
+        if (from.is_none() || schedule.missed != Missed::FireAll) && claims.is_fired(schedule, due).await? {
+            from = Some(due);
+        }
+    }
+    Ok(from.unwrap_or(now))
+}
+
+async fn direct<W, F>(fleet: Fleet<W>) -> Result<Proof>
+where
+    W: Fn(Role) -> F + Copy + Send + 'static,
+    F: Future<Output = Result<()>>,
+{
+    let bus = &fleet.bus;
+    let mut heard = select_all([bus.subscribe(RUNS).await?, bus.subscribe(SCHEDULES).await?]);
+    let mut log = Log::default();
+    let schedulers = [fleet.start("scheduler", "s1").await?, fleet.start("scheduler", "s2").await?];
+    let hesitant = fleet.start("hesitant", "s3").await?;
+
+    while log.claimed.is_empty() {
+        log.take(fleet::next(&mut heard).await?.event())?;
+    }
+    hesitant.kill().await?;
+    while !(log.claimed.is_subset(&log.runs) && log.of("tick").len() >= 10) {
+        log.take(fleet::next(&mut heard).await?.event())?;
+    }
+
+    sleep(Duration::from_millis(100)).await; // between two ticks
+    let gone = now();
+    for scheduler in schedulers {
+        scheduler.kill().await?;
+    }
+    sleep(OUTAGE).await;
+    let successor = fleet.start("scheduler", "s4").await?;
+    let end = now() + 1500; // longer than a claim: what the dead had claimed has been fired by then
+    while log.of("tick").last().is_none_or(|due| *due < end) {
+        log.take(fleet::next(&mut heard).await?.event())?;
+    }
+    drop(successor);
+
+    let ticks = log.of("tick");
+    let between = |first: &i64, last: &i64| usize::try_from((last - first) / 200 + 1).unwrap_or_default();
+    let due = ticks.first().zip(ticks.last()).map_or(0, |(first, last)| between(first, last));
+    let mut proof = Proof::new();
+    proof.tell("schedulers killed between claim and publish", 1);
+    proof.at_least("fires it had claimed", log.claimed.len(), 1);
+    proof.exactly("of these, made by others", log.claimed.intersection(&log.runs).count(), log.claimed.len());
+    proof.exactly("ticks fired", ticks.len(), due);
+    proof.exactly("fires made twice", log.twice, 0);
+    for (schedule, policy) in [("tick", "all"), ("report", "the latest"), ("digest", "none")] {
+        let missed = log.missed.remove(schedule).unwrap_or_default().split_off(&gone);
+        let fired = missed.intersection(&log.of(schedule)).count();
+        let expected = match policy {
+            "all" => missed.len(),
+            "the latest" => 1,
+            _ => 0,
+        };
+        proof.at_least(&format!("{schedule}: missed"), missed.len(), 1);
+        proof.exactly(&format!("{schedule}: fired all the same ({policy})"), fired, expected);
+    }
+    Ok(proof)
+}
+
+/// What the director has heard.
+#[derive(Default)]
+struct Log {
+    runs: BTreeSet<String>,
+    claimed: BTreeSet<String>,
+    missed: BTreeMap<String, BTreeSet<i64>>,
+    twice: usize,
+}
+
+impl Log {
+    fn take(&mut self, event: &Event) -> Result<()> {
+        match event.event_type() {
+            "workflow.start" if event.run_id().starts_with("sched_") => {
+                self.twice += usize::from(!self.runs.insert(event.run_id().to_owned()));
+            }
+            "schedule.claimed" => drop(self.claimed.insert(event.run_id().to_owned())),
+            "schedule.missed" => {
+                let late = event.data::<Late>()?;
+                self.missed.entry(late.schedule_id.clone()).or_default().extend(&late.missed);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The due times of a schedule that were fired.
+    fn of(&self, schedule: &str) -> BTreeSet<i64> {
+        let prefix = format!("sched_{schedule}_");
+        self.runs.iter().filter_map(|run| run.strip_prefix(&prefix)?.parse().ok()).collect()
+    }
+}
