@@ -3,26 +3,21 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use pubsub_core::{
-    Cursor, Event, EventId, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
-};
+use pubsub_core::{Cursor, Event, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire};
 use smol_str::SmolStr;
 
-use crate::protocol::{Begin, Id, Place, Stored};
+use crate::protocol::{Begin, Place};
+use crate::record::{Stored, event_id};
 
-/// An event as it travels. An index it has is a decorator's, and stays.
-///
-/// # Errors
-/// `TooLarge`, and `NotSerializable`.
-pub(crate) fn store(event: &Event, limit: usize) -> Result<Stored> {
-    let encoded = event.check_size(limit).and_then(|()| wire::encode(event));
-    let json = Bytes::from(encoded.map_err(|error| error.on(event.id()))?);
-    Ok(Stored { id: event.id().into(), created_at: event.created_at().as_millis(), json })
-}
+/// Events with less JSON than this are copied out of what they came in.
+const COPIED: usize = 16 << 10;
 
 /// The event that is kept at this place. An index of its own it has from there; a decorator's stays.
 pub(crate) fn decode(stored: &Stored, place: Place) -> Result<Event> {
-    let event = wire::decode(&stored.json, None)?.event;
+    let json = stored.json();
+    // A small event is copied out: whoever keeps it would keep all that it came with.
+    let json = if json.len() < COPIED { Bytes::copy_from_slice(json) } else { stored.shared_json() };
+    let event = wire::decode(&json, None)?.event;
     let own = ReplayIndex { generation: place.generation, index: place.offset };
     let index = event.index().unwrap_or(own);
     Ok(event.with_index(Some(index)))
@@ -36,15 +31,11 @@ pub(crate) fn letter_of_malformed(
     attempt: u32,
 ) -> Option<(SmolStr, Stored)> {
     let to = options.dead_letter.as_ref()?;
-    let text = String::from_utf8_lossy(&stored.json).into_owned();
-    let id = match &stored.id {
-        Id::Uuid(bytes) => EventId::from(uuid::Uuid::from_bytes(*bytes)),
-        Id::Text(text) => EventId::new(text).unwrap_or_else(|_| EventId::random()),
-    };
-    let created_at = Timestamp::from_millis(stored.created_at).unwrap_or_else(|_| Timestamp::now());
-    let event = Event::stamped(id, "malformed", created_at).with_data(text);
+    let text = String::from_utf8_lossy(stored.json()).into_owned();
+    let created_at = Timestamp::from_millis(stored.created_at()).unwrap_or_else(|_| Timestamp::now());
+    let event = Event::stamped(event_id(&stored.id()), "malformed", created_at).with_data(text);
     let letter = dead_letter(&event, topic, options.group.as_ref(), attempt, "not an event");
-    Some((to.as_str().into(), store(&letter, usize::MAX).ok()?))
+    Some((to.as_str().into(), Stored::of(&letter, usize::MAX).ok()?))
 }
 
 /// The scope that a broker's names make.

@@ -111,6 +111,7 @@ mod link;
 mod member;
 mod protocol;
 mod reader;
+mod record;
 mod remote;
 mod serve;
 mod session;

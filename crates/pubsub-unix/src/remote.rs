@@ -12,9 +12,9 @@ use pubsub_core::{AckMode, Closed, Error, Event, Result, Status, SubscribeOption
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::convert::store;
 use crate::link::{Carrier, Link};
 use crate::protocol::Request;
+use crate::record::Stored;
 use crate::subscription::Attachment;
 
 /// How long closing takes beyond its time to say its last words.
@@ -171,9 +171,9 @@ struct Letters(Weak<Link>);
 
 impl DeadLetterSink for Letters {
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>> {
-        match store(&letter, usize::MAX) {
+        match Stored::of(&letter, usize::MAX) {
             Ok(stored) => {
-                let request = Request::Publish { topic: topic.as_str().into(), events: vec![stored] };
+                let request = Request::publish_one(topic.as_str().into(), stored);
                 let receipt = self.0.upgrade()?.insist(request);
                 Some(Box::pin(async move { _ = receipt.await }))
             }
