@@ -14,7 +14,7 @@ use crate::event::read;
 use crate::memory::parties::topic;
 
 /// How many events may be on their way at once.
-const IN_FLIGHT: usize = 1024;
+const IN_FLIGHT: usize = 4096;
 
 pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
     let runtime = super::runtime()?;

@@ -235,6 +235,8 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
         }
         if any {
             hub.busy.notify_one();
+            // A turn for what came: who has more to say does not keep the others waiting until all of it is said.
+            tokio::task::yield_now().await;
         }
         while out.len() > FULL {
             out.less.notified().await;
