@@ -14,7 +14,7 @@ use smol_str::SmolStr;
 use crate::frame::{self, Malformed};
 use crate::journal::entry;
 use crate::ledger::{Effect, Ledger};
-use crate::protocol::{Answer, Call, ClientId, FromBroker, Query, Take, ToBroker};
+use crate::protocol::{Answer, Call, ClientId, FromBroker, Query, Stored, Take, ToBroker};
 
 /// A connection, numbered by whoever keeps it.
 pub(crate) type ConnId = u64;
@@ -115,6 +115,11 @@ impl Broker {
 
     pub(crate) fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// Takes in events that another broker has given out.
+    pub(crate) fn take_in(&mut self, topic: &SmolStr, events: &[Stored]) {
+        self.ledger.take_in(topic, events);
     }
 
     /// Whether something came in that a turn is to be made for.

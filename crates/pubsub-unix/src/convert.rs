@@ -4,25 +4,37 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use pubsub_core::{
-    Cursor, Event, EventId, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
+    Cursor, Error, ErrorKind, Event, EventId, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
 };
 use smol_str::SmolStr;
 
+use crate::node::envelope;
 use crate::protocol::{Begin, Id, Place, Stored};
 
-/// An event as it travels. An index it has is a decorator's, and stays.
+/// An event as it travels. An index it has is a decorator's, and stays. `tagged`: its data may have envelopes in it.
 ///
 /// # Errors
 /// `TooLarge`, and `NotSerializable`.
-pub(crate) fn store(event: &Event, limit: usize) -> Result<Stored> {
+pub(crate) fn store(event: &Event, limit: usize, tagged: bool) -> Result<Stored> {
     let encoded = event.check_size(limit).and_then(|()| wire::encode(event));
     let json = Bytes::from(encoded.map_err(|error| error.on(event.id()))?);
-    Ok(Stored { id: event.id().into(), created_at: event.created_at().as_millis(), json })
+    let tagged = tagged && envelope::may_be_tagged(&json);
+    Ok(Stored { id: event.id().into(), created_at: event.created_at().as_millis(), tagged, json })
 }
 
-/// The event that is kept at this place. An index of its own it has from there; a decorator's stays.
-pub(crate) fn decode(stored: &Stored, place: Place) -> Result<Event> {
-    let event = wire::decode(&stored.json, None)?.event;
+/// The event that is kept at this place, with envelopes in its data or without. An index of its own it has from there; a
+/// decorator's stays.
+pub(crate) fn decode(stored: &Stored, place: Place, tagged: bool) -> Result<Event> {
+    let json = match (stored.tagged, tagged) {
+        (true, false) => envelope::plain(&stored.json),
+        (false, true) => envelope::escaped(&stored.json),
+        _ => Some(stored.json.clone()),
+    };
+    let json = json.ok_or_else(|| Error::new(ErrorKind::Decode("nested too deeply".into())))?;
+    let event = wire::decode(&json, None)?.event;
+    if place.is_foreign() {
+        return Ok(event);
+    }
     let own = ReplayIndex { generation: place.generation, index: place.offset };
     let index = event.index().unwrap_or(own);
     Ok(event.with_index(Some(index)))
@@ -44,7 +56,7 @@ pub(crate) fn letter_of_malformed(
     let created_at = Timestamp::from_millis(stored.created_at).unwrap_or_else(|_| Timestamp::now());
     let event = Event::stamped(id, "malformed", created_at).with_data(text);
     let letter = dead_letter(&event, topic, options.group.as_ref(), attempt, "not an event");
-    Some((to.as_str().into(), store(&letter, usize::MAX).ok()?))
+    Some((to.as_str().into(), store(&letter, usize::MAX, false).ok()?))
 }
 
 /// The scope that a broker's names make.

@@ -7,6 +7,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::node::host::PROBE;
+
 /// The longest frame: what is longer disconnects its sender. Leaves room for a `max_payload` of 32 MiB and its wrapping.
 pub(crate) const MAX_FRAME: usize = 64 << 20;
 
@@ -71,6 +73,15 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
+    /// Whether the first line is the hello of a peer of ours; none until that can be told.
+    pub(crate) fn is_hello(&self) -> Option<bool> {
+        let end = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n');
+        match end {
+            Some(end) => Some(matches!(serde_json::from_slice(&self.buffer[..end]), Ok(Greeting::Hello { .. }))),
+            None => (self.buffer.len() >= MAX_LINE).then_some(false),
+        }
+    }
+
     /// The greeting, once its line is whole.
     pub(crate) fn greeting(&mut self) -> Result<Option<Greeting>, Malformed> {
         let Some(end) = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n') else {
@@ -135,7 +146,12 @@ impl Greeting {
     /// What a client says first.
     pub(crate) fn hello(client: u64, session: u64) -> Vec<u8> {
         let hello = Self::Hello { v: crate::protocol::VERSION, client, session };
-        [hello.line(), Self::Subscribe { topic: "pubsub.probe".into() }.line()].concat()
+        [hello.line(), Self::probe()].concat()
+    }
+
+    /// What is said to a broker to see whether it answers like a TypeScript peer.
+    pub(crate) fn probe() -> Vec<u8> {
+        Self::Subscribe { topic: PROBE.into() }.line()
     }
 
     pub(crate) fn line(&self) -> Vec<u8> {

@@ -98,17 +98,20 @@
 //! Processes of Mastra, which speak JSON alone, cannot take part. Its election file `S.elect` is honoured, and a broker of its kind, which
 //! ignores the hello and answers the probe, keeps the socket: the status then is `Failed`, until it has gone.
 
+mod abroad;
 mod broker;
 mod builder;
 mod convert;
 mod election;
 mod files;
 mod frame;
+mod guests;
 mod journal;
 mod leases;
 mod ledger;
 mod link;
 mod member;
+mod node;
 mod protocol;
 mod reader;
 mod remote;

@@ -102,7 +102,7 @@ struct World {
 
 fn event(client: u64, number: u64) -> Stored {
     let id = Id::Text(format!("{client}:{number}").into());
-    Stored { id, created_at: 0, json: Bytes::from_static(b"{}") }
+    Stored { id, created_at: 0, tagged: false, json: Bytes::from_static(b"{}") }
 }
 
 /// A publish's number is also the event's: a session numbers them in order.

@@ -39,6 +39,8 @@ pub(crate) struct Stored {
     pub(crate) id: Id,
     /// Milliseconds since 1970.
     pub(crate) created_at: i64,
+    /// Whether the JSON may have the envelopes of TypeScript peers in it, rather than being plain.
+    pub(crate) tagged: bool,
     pub(crate) json: Bytes,
 }
 
@@ -47,6 +49,16 @@ pub(crate) struct Stored {
 pub(crate) struct Place {
     pub(crate) generation: u64,
     pub(crate) offset: u64,
+}
+
+/// Generations from here on are those of what an instance keeps for itself while a TypeScript peer is the broker.
+pub(crate) const FOREIGN: u64 = 1 << 63;
+
+impl Place {
+    /// Whether it is in what an instance keeps for itself, not in a broker's log.
+    pub(crate) fn is_foreign(self) -> bool {
+        self.generation >= FOREIGN
+    }
 }
 
 /// Where to start.

@@ -8,14 +8,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
-    Capabilities, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus, Groups,
+    Attempts, Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus, Groups,
     LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, StatusWatch,
     SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::builder::{Settings, UnixBuilder};
-use crate::convert::{begin, decode, scope, store};
+use crate::convert::{begin, scope};
 use crate::leases::UnixLeases;
 use crate::link::{Config, Link};
 use crate::protocol::{Answer, GroupState, NoStart, Place, Query, Reply, Request, Stored};
@@ -63,7 +63,13 @@ impl UnixSocketPubSub {
         let timer = Arc::new(Timer::new()?);
         let path = Arc::from(config.paths.socket.as_path());
         let (link, carrier) = Link::connect(config).await?;
-        Ok(Self { remote: Remote::new(link, timer, carrier), settings, path })
+        Ok(Self { remote: Remote::new(link, timer, carrier, settings.envelopes), settings, path })
+    }
+
+    /// What only a broker of ours has.
+    fn check_native(&self, operation: &'static str, topic: &Topic, what: Capability) -> Result<()> {
+        let foreign = self.remote.link.is_foreign();
+        if foreign { Err(Error::unsupported(what).during(operation).on(topic)) } else { Ok(()) }
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
@@ -137,17 +143,23 @@ impl UnixSocketPubSub {
     }
 }
 
-fn capabilities(settings: &Settings) -> Capabilities {
+fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     let mut capabilities = Capabilities::in_process();
     capabilities.reach = Reach::Host;
+    capabilities.publish_waits = false;
+    capabilities.max_payload = Some(settings.max_payload);
+    if foreign {
+        // A broker that is a process of Mastra gives each event out once and keeps nothing.
+        capabilities.attempts = Attempts::Instance;
+        capabilities.keeps_identity = false;
+        return capabilities;
+    }
     capabilities.durability = Durability::ProcessDeath;
     capabilities.retention = Retention::History;
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
     capabilities.deduplication = Deduplication::Window { events: Some(settings.max_events), age: None };
     capabilities.indexed = true;
-    capabilities.publish_waits = false;
-    capabilities.max_payload = Some(settings.max_payload);
     capabilities.leases = Some(Reach::Host);
     capabilities
 }
@@ -155,7 +167,7 @@ fn capabilities(settings: &Settings) -> Capabilities {
 #[async_trait]
 impl PubSub for UnixSocketPubSub {
     fn capabilities(&self) -> Capabilities {
-        capabilities(&self.settings)
+        capabilities(&self.settings, self.remote.link.is_foreign())
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
@@ -166,7 +178,7 @@ impl PubSub for UnixSocketPubSub {
             return self.publish_locally(topic, events, until).await;
         }
         let limit = self.settings.max_payload;
-        let stored = events.iter().map(|event| store(event, limit)).collect::<Result<Vec<_>>>().map_err(refuse)?;
+        let stored = events.iter().map(|event| self.remote.store(event, limit)).collect::<Result<Vec<_>>>().map_err(refuse)?;
         let mut positions = Vec::with_capacity(events.len());
         let (mut sent, mut rest) = (0, &stored[..]);
         while !rest.is_empty() {
@@ -221,6 +233,8 @@ impl PubSub for UnixSocketPubSub {
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
+        self.check_open("history", topic)?;
+        self.check_native("history", topic, Capability::History)?;
         let most = u32::try_from(limit.min(PIECE_EVENTS)).unwrap_or(u32::MAX);
         let query = Query::Page { topic: topic.as_str().into(), begin: begin(&from), most };
         let Reply::Page { stretch, floor, head } = self.ask("history", topic, query).await? else {
@@ -234,17 +248,21 @@ impl PubSub for UnixSocketPubSub {
         let generation = stretch.next.generation;
         let entries = events.iter().filter_map(|(offset, stored)| {
             let place = Place { generation, offset: *offset };
-            Some((cursor(*offset), Arc::new(decode(stored, place).ok()?)))
+            Some((cursor(*offset), Arc::new(self.remote.read(stored, place).ok()?)))
         });
         let next = events.last().filter(|(last, _)| head.is_some_and(|head| *last < head)).map(|(last, _)| cursor(*last));
         Ok(Page { entries: entries.collect(), next, floor: floor.map(cursor), head: head.map(cursor) })
     }
 
     async fn clear_topic(&self, topic: &Topic) -> Result<()> {
+        self.check_open("clear_topic", topic)?;
+        self.check_native("clear_topic", topic, Capability::History)?;
         self.call("clear_topic", topic, Request::Clear { topic: topic.as_str().into() }).await.map(drop)
     }
 
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
+        self.check_open("trim_topic", topic)?;
+        self.check_native("trim_topic", topic, Capability::History)?;
         let request = Request::Trim { topic: topic.as_str().into(), run: filter.run_id, up_to: filter.produced_up_to };
         match self.call("trim_topic", topic, request).await? {
             Answer::Trimmed(count) => Ok(count),

@@ -20,7 +20,7 @@ use self::group::Seated;
 use self::leases::Leases;
 use self::topic::Topic;
 use crate::protocol::{
-    Answer, Begin, Call, ClientId, GroupState, Handed, NoStart, Place, Query, Reply, Request, Seat, Stored, Stretch, Take,
+    Answer, Begin, Call, ClientId, FOREIGN, GroupState, Handed, NoStart, Place, Query, Reply, Request, Seat, Stored, Stretch, Take,
     ToBroker, What,
 };
 
@@ -83,6 +83,17 @@ impl Ledger {
             clients: Clients::default(),
             dirty: HashSet::default(),
         }
+    }
+
+    /// What an instance keeps for itself while a TypeScript peer is the broker: of generations that no other ledger has.
+    pub(crate) fn foreign(limits: Limits) -> Self {
+        let generations = FOREIGN | u64::from(fastrand::u32(..)) << 24;
+        Self { generations, ..Self::new(fastrand::u64(..), limits) }
+    }
+
+    /// Takes in events that another broker has given out: they are here, whatever has to go for them.
+    pub(crate) fn take_in(&mut self, topic: &SmolStr, events: &[Stored]) {
+        self.publish(topic, events);
     }
 
     /// Carries out an entry of the log.

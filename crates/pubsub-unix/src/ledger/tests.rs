@@ -60,7 +60,7 @@ impl Bench {
 
 fn event(id: u64) -> Stored {
     let json = format!(r#"{{"type":"x","id":"{id}","runId":"r{id}","createdAt":"2026-01-02T03:04:05.006Z","data":{id}}}"#);
-    Stored { id: Id::Text(id.to_string().into()), created_at: 0, json: Bytes::from(json) }
+    Stored { id: Id::Text(id.to_string().into()), created_at: 0, tagged: false, json: Bytes::from(json) }
 }
 
 fn seat() -> Seat {
