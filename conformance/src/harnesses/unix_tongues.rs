@@ -51,7 +51,7 @@ impl TonguesHarness {
     }
 }
 
-static PACKAGE: LazyLock<Result<std::path::PathBuf, String>> = LazyLock::new(mastra::package);
+static PACKAGE: LazyLock<std::result::Result<std::path::PathBuf, String>> = LazyLock::new(mastra::package);
 
 #[async_trait]
 impl Harness for TonguesHarness {
@@ -123,7 +123,7 @@ struct Brokers {
 
 impl Brokers {
     fn start() -> io::Result<Self> {
-        let package = PACKAGE.as_ref().map_err(io::Error::other)?;
+        let package = PACKAGE.as_ref().map_err(|why| io::Error::other(why.clone()))?;
         let mut command = Command::new("node");
         command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/node/broker.mjs")).arg(package);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -161,6 +161,7 @@ fn serve(path: &Path) -> io::Result<()> {
 }
 
 /// An instance that is said to be able to do no more than others on its bus can.
+#[derive(Debug)]
 struct Modest {
     instance: UnixSocketPubSub,
     declared: Capabilities,

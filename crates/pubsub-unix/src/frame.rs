@@ -214,6 +214,22 @@ mod tests {
     }
 
     #[test]
+    fn frames_come_whole_wherever_they_are_cut_in_two() {
+        let mut bytes = Vec::new();
+        frames().iter().for_each(|frame| encode(frame, &mut bytes).unwrap());
+        for cut in 0..=bytes.len() {
+            let (mut decoder, mut found) = (Decoder::default(), Vec::new());
+            for part in [&bytes[..cut], &bytes[cut..]] {
+                decoder.buffer.extend_from_slice(part);
+                while let Some(frame) = decoder.next().unwrap() {
+                    found.push(body::<ToBroker>(&frame).unwrap());
+                }
+            }
+            assert_eq!(found, frames(), "cut at {cut}");
+        }
+    }
+
+    #[test]
     fn a_lie_about_the_length_is_told_at_once() {
         let mut decoder = Decoder::default();
         decoder.buffer.extend_from_slice(&u32::MAX.to_le_bytes());

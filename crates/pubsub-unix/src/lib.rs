@@ -120,6 +120,9 @@ mod session;
 mod subscription;
 mod unix;
 
+#[doc(hidden)]
+pub mod fuzz;
+
 #[cfg(test)]
 mod model;
 
