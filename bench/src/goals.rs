@@ -28,7 +28,13 @@ const fn of_cache(setting: &'static str, against: Against, ratio: f64) -> Goal {
     Goal { backend: crate::cache::BACKEND, setting, against, ratio }
 }
 
+const fn of_unix(setting: &'static str, against: Against, ratio: f64) -> Goal {
+    Goal { backend: crate::unix::BACKEND, setting, against, ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
+
+const NATS: Against = Against::Party("nats");
 
 const GOALS: &[Goal] = &[
     goal("queued 1 to 1", Against::BestChannel, 1.0),
@@ -44,6 +50,17 @@ const GOALS: &[Goal] = &[
     goal("idle memory", Against::Figure(2048.0), 1.0),
     of_cache("publish", Against::Party(crate::cache::BARE), 0.45),
     of_cache("replay", Against::Figure(10e6), 1.0),
+    of_unix("1 to 1", Against::Limit, 0.75),
+    of_unix("1 to 1", NATS, 1.3),
+    of_unix("1 to 1", MASTRA, 15.0),
+    of_unix("1 to 10", Against::Limit, 0.8),
+    of_unix("1 to 10", NATS, 1.3),
+    of_unix("group of 4", Against::Limit, 0.6),
+    of_unix("group of 4", NATS, 1.2),
+    of_unix("64 KiB", Against::Limit, 0.75),
+    of_unix("latency p50", Against::Limit, 1.3),
+    of_unix("latency p50", NATS, 1.0),
+    of_unix("takeover", Against::Figure(50_000.0), 1.0),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

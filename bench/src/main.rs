@@ -7,6 +7,7 @@ mod memory;
 mod node;
 mod report;
 mod rounds;
+mod unix;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,7 +31,7 @@ const ALLOCATOR_NAME: &str = if cfg!(feature = "mimalloc") {
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Options {
-    /// Measure this backend only (memory, cache).
+    /// Measure this backend only (memory, cache, unix).
     #[arg(long)]
     backend: Option<String>,
     /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
@@ -54,6 +55,9 @@ struct Options {
     /// Print the resident bytes per idle subscription of one party and do nothing else; each needs a process of its own.
     #[arg(long, hide = true)]
     idle: Option<String>,
+    /// Play the part of a process in a round and do nothing else.
+    #[arg(long, hide = true)]
+    play: Option<String>,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -78,7 +82,10 @@ fn run(options: &Options) -> Result<(), BoxError> {
         println!("{}", memory::idle::measure_here(party)?);
         return Ok(());
     }
-    let known = ["memory", cache::BACKEND];
+    if let Some(spec) = &options.play {
+        return unix::child::play(spec);
+    }
+    let known = ["memory", cache::BACKEND, unix::BACKEND];
     if let Some(other) = options.backend.as_deref().filter(|backend| !known.contains(backend)) {
         return Err(format!("there is no backend `{other}`; there is {}", known.join(", ")).into());
     }
@@ -87,6 +94,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
     }
     let mut contests = memory::contests(options.peers);
     contests.extend(cache::contests(options.peers));
+    contests.extend(unix::contests());
     contests.retain(|contest| options.backend.as_deref().is_none_or(|backend| backend == contest.backend));
     contests.retain_mut(|contest| {
         contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));

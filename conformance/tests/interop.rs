@@ -498,7 +498,8 @@ async fn elections_while_brokers_of_both_kinds_are_killed(bench: Bench) -> Outco
         bus.close(SECOND).await?;
         // The broker dies, and in every third round somebody else with it.
         let broker = listener(&bench.socket).await;
-        let mut victims: Vec<usize> = all.iter().position(|(_, one)| one.id().is_some() && one.id() == broker).into_iter().collect();
+        let mut victims: Vec<usize> =
+            all.iter().position(|(_, one)| one.id().is_some() && one.id() == broker).into_iter().collect();
         if round % 3 == 2 || victims.is_empty() {
             victims.push(fastrand::usize(..all.len()));
         }

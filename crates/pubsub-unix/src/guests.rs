@@ -86,13 +86,7 @@ async fn read(
     }
 }
 
-async fn write(
-    hub: &Hub,
-    conn: ConnId,
-    guest: &RefCell<Guest>,
-    out: &Out,
-    mut to: OwnedWriteHalf,
-) -> io::Result<()> {
+async fn write(hub: &Hub, conn: ConnId, guest: &RefCell<Guest>, out: &Out, mut to: OwnedWriteHalf) -> io::Result<()> {
     loop {
         let bytes = std::mem::take(&mut *out.bytes.borrow_mut());
         if bytes.is_empty() {

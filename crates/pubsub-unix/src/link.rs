@@ -26,7 +26,7 @@ use crate::frame::{self, Decoder, Greeting};
 use crate::ledger::Limits;
 use crate::member::Member;
 use crate::node::host::Host;
-use crate::protocol::{Answer, FromBroker, Query, Reply, Request, Seat, ToBroker, VERSION};
+use crate::protocol::{Answer, FromBroker, Place, Query, Reply, Request, Seat, Settling, ToBroker, VERSION, What};
 use crate::reader::Reader;
 use crate::serve::Serving;
 use crate::session::{Heard, Session};
@@ -52,8 +52,14 @@ const LAST_WORDS: Duration = Duration::from_millis(250);
 /// How long to wait before a settlement that could not be written is said again.
 const INSISTENCE: Duration = Duration::from_millis(20);
 
+/// How many settlements are said together at most.
+const SETTLED_TOGETHER: usize = 500;
+
 /// How many calls may be unanswered before publishers wait.
 const MAX_UNANSWERED: usize = 4096;
+
+/// How much of a buffer is kept for what is written next.
+const KEPT_BUFFER: usize = 1 << 20;
 
 /// How many bytes may be on their way to the broker before publishers wait.
 pub(crate) const MAX_OUT: usize = 16 << 20;
@@ -83,8 +89,18 @@ pub(crate) enum Tongue {
 /// What is kept with a call until it is answered.
 enum Kept {
     Answer(oneshot::Sender<Answer>),
-    /// A settlement, or a dead letter: said again until it could be written.
+    /// A dead letter, or that a member leaves: said again until it could be written.
     Insist(oneshot::Sender<Settled>),
+    /// Settlements, each with who waits for it: said again as well.
+    Settle(Vec<oneshot::Sender<Settled>>),
+}
+
+/// Settlements that were recorded and not said yet: they are said together.
+struct Batch {
+    seat: Seat,
+    generation: u64,
+    settled: Vec<Settling>,
+    tell: Vec<oneshot::Sender<Settled>>,
 }
 
 /// Who waits for a reply.
@@ -115,9 +131,24 @@ struct State {
     members: HashMap<u64, Weak<Member>>,
     /// How many fan-out subscriptions follow each topic.
     followed: HashMap<SmolStr, u64>,
+    batch: Option<Batch>,
 }
 
 impl State {
+    /// Makes a change. What was settled before is said before.
+    fn call(&mut self, request: Request, kept: Kept) {
+        self.say_batch();
+        let frame = self.session.call(request, kept);
+        self.say(&frame);
+    }
+
+    fn say_batch(&mut self) {
+        if let Some(Batch { seat, generation, settled, tell }) = self.batch.take() {
+            let frame = self.session.call(Request::Settle { seat, generation, settled }, Kept::Settle(tell));
+            self.say(&frame);
+        }
+    }
+
     fn say(&mut self, frame: &ToBroker) {
         // What cannot be said now is said when there is a broker again.
         if self.connected {
@@ -144,6 +175,7 @@ impl Link {
             closed: false,
             members: HashMap::new(),
             followed: HashMap::new(),
+            batch: None,
         };
         let foreign = AtomicBool::new(false);
         let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status, foreign });
@@ -201,7 +233,9 @@ impl Link {
 
     /// Takes what is to be said.
     pub(crate) fn said(&self) -> Vec<u8> {
-        std::mem::take(&mut self.state.lock().out)
+        let mut state = self.state.lock();
+        state.say_batch();
+        std::mem::take(&mut state.out)
     }
 
     /// Waits until there is something to be said.
@@ -267,10 +301,36 @@ impl Link {
             if state.closed {
                 return; // what was kept is dropped: closed, or unconfirmed
             }
-            let frame = state.session.call(request, kept);
-            state.say(&frame);
+            state.call(request, kept);
         }
         self.more.notify_one();
+    }
+
+    /// Settles a delivery to a member: said together with others, and again until it could be written.
+    pub(crate) fn settle(&self, seat: &Seat, place: Place, attempt: u32, what: What) -> Receipt {
+        let (tell, receipt) = Receipt::pending();
+        let Place { generation, offset } = place;
+        let is_first = {
+            let mut state = self.state.lock();
+            if state.closed {
+                return receipt; // unconfirmed
+            }
+            let others = |batch: &Batch| {
+                batch.seat.member != seat.member || batch.generation != generation || batch.settled.len() >= SETTLED_TOGETHER
+            };
+            if state.batch.as_ref().is_some_and(others) {
+                state.say_batch();
+            }
+            let empty = || Batch { seat: seat.clone(), generation, settled: Vec::new(), tell: Vec::new() };
+            let batch = state.batch.get_or_insert_with(empty);
+            batch.settled.push(Settling { offset, attempt, what });
+            batch.tell.push(tell);
+            batch.tell.len() == 1
+        };
+        if is_first {
+            self.more.notify_one();
+        }
+        receipt
     }
 
     /// Asks; dropped, it no longer wants to know.
@@ -323,6 +383,7 @@ impl Link {
                 return;
             }
             state.members.insert(seat.member, member.clone());
+            state.say_batch();
             let Some(frame) = state.session.take(seat.clone(), most) else { return };
             state.say(&frame);
         }
@@ -338,7 +399,12 @@ impl Link {
 
     /// Waits until all calls made before are answered. Cancel safe.
     pub(crate) async fn flush(&self) {
-        let before = self.state.lock().session.next_call();
+        let before = {
+            let mut state = self.state.lock();
+            state.say_batch();
+            state.session.next_call()
+        };
+        self.more.notify_one();
         loop {
             let less = self.less.notified();
             let mut less = std::pin::pin!(less);
@@ -358,7 +424,7 @@ impl Link {
         let unanswered = {
             let mut state = self.state.lock();
             state.closed = true;
-            state.session.give_up()
+            (state.session.give_up(), state.batch.take())
         };
         drop(unanswered);
         self.less.notify_waiters();
@@ -409,16 +475,22 @@ impl Link {
         };
         match heard {
             Heard::Answer(answer, _, Kept::Answer(tell)) => drop(tell.send(answer)),
-            Heard::Answer(Answer::Failed(_) | Answer::Full, request, Kept::Insist(tell)) => {
+            Heard::Answer(Answer::Failed(_) | Answer::Full, request, kept) => {
                 let link = self.clone();
                 tokio::spawn(async move {
                     sleep(INSISTENCE).await;
-                    link.make(request, Kept::Insist(tell));
+                    link.make(request, kept);
                 });
             }
-            Heard::Answer(answer, _, Kept::Insist(tell)) => {
-                let late = answer == Answer::Settled(false);
-                let _ = tell.send(if late { Settled::TooLate } else { Settled::Done }); // nobody may be waiting
+            // Nobody may be waiting for these.
+            Heard::Answer(_, _, Kept::Insist(tell)) => drop(tell.send(Settled::Done)),
+            Heard::Answer(answer, _, Kept::Settle(tell)) => {
+                let late = if let Answer::Settled(late) = answer { late } else { Vec::new() };
+                let mut late = late.into_iter().peekable();
+                for (place, tell) in (0..).zip(tell) {
+                    let is_late = late.next_if_eq(&place).is_some();
+                    let _ = tell.send(if is_late { Settled::TooLate } else { Settled::Done });
+                }
             }
             Heard::Reply(_, reply, Asker::Caller(tell)) => drop(tell.send(reply)),
             Heard::Reply(id, reply, Asker::Reader(reader)) => match (reader.upgrade(), reply) {
@@ -431,9 +503,9 @@ impl Link {
                     member.rejoin();
                 }
             }
-            Heard::Taken { bus, generation, handed, .. } => {
+            Heard::Taken { bus, generation, handed, events, .. } => {
                 if let Some(member) = member.and_then(|member| member.upgrade()) {
-                    member.taken(&bus, generation, handed);
+                    member.taken(&bus, generation, handed, &events);
                 }
             }
             Heard::Ping => self.more.notify_one(),
@@ -651,7 +723,7 @@ async fn read(
             link.heard(frame::body(&body).map_err(malformed)?);
         }
         link.less.notify_waiters();
-        decoder.buffer.reserve(64 << 10);
+        decoder.reserve();
         match timeout(Duration::from_millis(PING), from.read_buf(&mut decoder.buffer)).await {
             Ok(read) => {
                 if read? == 0 {
@@ -670,8 +742,15 @@ async fn read(
 }
 
 async fn write(link: &Link, to: &mut (impl AsyncWriteExt + Unpin)) -> io::Result<()> {
+    let mut bytes = Vec::new();
     loop {
-        let bytes = std::mem::take(&mut link.state.lock().out);
+        bytes.clear();
+        bytes.shrink_to(KEPT_BUFFER);
+        {
+            let mut state = link.state.lock();
+            state.say_batch();
+            std::mem::swap(&mut bytes, &mut state.out);
+        }
         if bytes.is_empty() {
             link.more.notified().await;
             continue;

@@ -15,7 +15,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::convert::{letter_of_malformed, scope};
-use crate::protocol::{Handed, Place, Query, Request, Seat, Stored, What};
+use crate::protocol::{Handed, Place, Query, Request, Seat, What};
+use crate::record::{Run, Stored};
 use crate::remote::Remote;
 use crate::subscription::{poll_revoked, settled_if};
 
@@ -100,11 +101,11 @@ impl Member {
     }
 
     fn settle_as(&self, place: Place, attempt: u32, what: What) -> Receipt {
-        self.remote.link.insist(Request::Settle { seat: self.seat.clone(), place, attempt, what })
+        self.remote.link.settle(&self.seat, place, attempt, what)
     }
 
     /// Deliveries came, or word that the seat is no longer this member's: it was taken for dead.
-    pub(crate) fn taken(&self, bus: &str, generation: u64, handed: Option<Vec<Handed>>) {
+    pub(crate) fn taken(&self, bus: &str, generation: u64, handed: Option<Vec<Handed>>, events: &Run) {
         let Some(handed) = handed else { return self.rejoin() };
         let scope = scope(bus, generation);
         let until = Instant::now() + LINGER;
@@ -112,7 +113,7 @@ impl Member {
             let mut state = self.state.lock();
             state.asked = false;
             (state.came, state.since, state.settled) = (handed.len(), Some(Instant::now()), 0);
-            let taken = handed.into_iter().map(|Handed { offset, attempt, lagged, stored }| Taken {
+            let taken = handed.into_iter().zip(events.iter()).map(|(Handed { offset, attempt, lagged }, stored)| Taken {
                 scope: scope.clone(),
                 place: Place { generation, offset },
                 attempt,

@@ -144,11 +144,11 @@ impl Reader {
 
     /// An answer came.
     pub(crate) fn arrived(&self, id: u64, stretch: Stretch) {
-        let Stretch { bus, events, mut lagged, next } = stretch;
+        let Stretch { next, mut lagged, .. } = stretch;
         self.lagged.fetch_add(lagged, Ordering::Relaxed);
-        let scope = scope(&bus, next.generation);
-        let (mut entries, mut lost) = (Vec::with_capacity(events.len()), None);
-        for (offset, stored) in events {
+        let scope = scope(&stretch.bus, next.generation);
+        let (mut entries, mut lost) = (Vec::with_capacity(stretch.offsets.len()), None);
+        for (offset, stored) in stretch.iter() {
             match self.remote.read(&stored, Place { offset, ..next }) {
                 Ok(event) => {
                     if lagged > 0 {
@@ -162,7 +162,7 @@ impl Reader {
                         tracing::warn!(topic = %self.topic, %error, "what is no event is passed over");
                     }
                     if let Some((topic, letter)) = letter_of_malformed(&self.topic, &self.options, &stored, 1) {
-                        drop(self.remote.link.insist(Request::Publish { topic, events: vec![letter] }));
+                        drop(self.remote.link.insist(Request::publish_one(topic, letter)));
                     }
                 }
             }

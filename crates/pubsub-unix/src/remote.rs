@@ -12,9 +12,10 @@ use pubsub_core::{AckMode, Closed, Error, Event, Result, Status, SubscribeOption
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::convert::{decode, store};
+use crate::convert::decode;
 use crate::link::{Carrier, Link};
-use crate::protocol::{Place, Request, Stored};
+use crate::protocol::{Place, Request};
+use crate::record::Stored;
 use crate::subscription::Attachment;
 
 /// How long closing takes beyond its time to say its last words.
@@ -50,9 +51,9 @@ impl Remote {
     /// An event as it travels.
     ///
     /// # Errors
-    /// As of [`store`].
+    /// As [`Stored::of`].
     pub(crate) fn store(&self, event: &Event, limit: usize) -> Result<Stored> {
-        store(event, limit, self.tagged)
+        Stored::of(event, limit, self.tagged)
     }
 
     /// The event that is kept at this place.
@@ -189,9 +190,9 @@ struct Letters(Weak<Link>, bool);
 
 impl DeadLetterSink for Letters {
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>> {
-        match store(&letter, usize::MAX, self.1) {
+        match Stored::of(&letter, usize::MAX, self.1) {
             Ok(stored) => {
-                let request = Request::Publish { topic: topic.as_str().into(), events: vec![stored] };
+                let request = Request::publish_one(topic.as_str().into(), stored);
                 let receipt = self.0.upgrade()?.insist(request);
                 Some(Box::pin(async move { _ = receipt.await }))
             }

@@ -260,7 +260,7 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
         while out.len() > FULL {
             out.less.notified().await;
         }
-        decoder.buffer.reserve(64 << 10);
+        decoder.reserve();
         if from.read_buf(&mut decoder.buffer).await? == 0 {
             return Ok(());
         }

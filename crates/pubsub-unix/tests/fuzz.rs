@@ -21,9 +21,11 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
 /// JSON, with a taste for envelopes, and now and then cut short.
 fn line() -> impl Strategy<Value = Vec<u8>> {
     let word = || {
-        let words = ["type", "topic", "group", "event", "data", "id", "__m_codec__", "v", "n", "localOnly", "createdAt"];
-        let values = ["publish", "subscribe", "unsubscribe", "t", "g", "Date", "Undefined", "Map", "Set", "Error", "Class", "BigInt"];
-        prop_oneof![proptest::sample::select(&words[..]), proptest::sample::select(&values[..])].prop_map(|word| format!("{word:?}"))
+        const WORDS: &[&str] =
+            &["type", "topic", "group", "event", "data", "id", "__m_codec__", "v", "n", "localOnly", "createdAt"];
+        const VALUES: &[&str] =
+            &["publish", "subscribe", "unsubscribe", "t", "g", "Date", "Undefined", "Map", "Set", "Error", "Class", "BigInt"];
+        prop_oneof![proptest::sample::select(WORDS), proptest::sample::select(VALUES)].prop_map(|word| format!("{word:?}"))
     };
     let leaf = prop_oneof![word(), Just("null".to_owned()), Just("true".to_owned()), Just("-1.5e3".to_owned())];
     let value = leaf.prop_recursive(4, 48, 6, move |inner| {

@@ -1,16 +1,17 @@
 //! A topic: a bounded log of events that counts densely within a generation, and the groups that read it.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 
-use bytes::Bytes;
 use foldhash::HashMap;
 use pubsub_core::{Cursor, Scope, TrimFilter, wire};
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::STRETCH_BYTES;
-use super::group::Seated;
-use crate::protocol::{Begin, ClientId, GroupState, Handed, Id, NoStart, Place, Stored, Stretch, Take};
+use super::group::{HandedOver, Seated};
+use crate::protocol::{Begin, ClientId, GroupState, NoStart, Offsets, Place, Stretch, Take};
+use crate::record::{Id, Run, Stored};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Topic {
@@ -21,6 +22,7 @@ pub(super) struct Topic {
     events: VecDeque<Option<Stored>>,
     trimmed: u64,
     /// Where each event is, by id: a repeated one is not another.
+    #[serde(skip)]
     ids: HashMap<Id, u64>,
     pub(super) groups: BTreeMap<SmolStr, Seated>,
     pub(super) bytes: u64,
@@ -42,19 +44,27 @@ impl Topic {
     }
 
     /// Appends an event, unless it is here already. Returns its offset.
-    pub(super) fn append(&mut self, event: &Stored) -> u64 {
-        if let Some(place) = self.ids.get(&event.id) {
-            return *place;
-        }
+    pub(super) fn append(&mut self, event: Stored) -> u64 {
         let offset = self.next();
-        self.bytes += event.json.len() as u64;
-        self.ids.insert(event.id.clone(), offset);
-        self.events.push_back(Some(event.clone()));
-        offset
+        match self.ids.entry(event.id()) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => {
+                new.insert(offset);
+                self.bytes += event.len();
+                self.events.push_back(Some(event));
+                offset
+            }
+        }
     }
 
-    pub(super) fn count_new(&self, events: &[Stored]) -> u64 {
-        events.iter().filter(|event| !self.ids.contains_key(&event.id)).count() as u64
+    pub(super) fn count_new(&self, events: &Run) -> u64 {
+        events.iter().filter(|event| !self.ids.contains_key(&event.id())).count() as u64
+    }
+
+    /// Makes the index that is not written down.
+    pub(super) fn index(&mut self) {
+        let numbered = (self.floor..).zip(&self.events);
+        self.ids = numbered.filter_map(|(offset, event)| Some((event.as_ref()?.id(), offset))).collect();
     }
 
     /// Lets go of the oldest event. Returns its bytes.
@@ -64,8 +74,8 @@ impl Topic {
             self.floor += 1;
             match oldest {
                 Some(lost) => {
-                    freed = lost.json.len() as u64;
-                    self.ids.remove(&lost.id);
+                    freed = lost.len();
+                    self.ids.remove(&lost.id());
                     let offset = self.floor - 1;
                     self.groups.values_mut().for_each(|group| group.loses(offset));
                     break;
@@ -101,6 +111,11 @@ impl Topic {
 
     pub(super) fn has_from(&self, offset: u64) -> bool {
         self.from(offset).next().is_some()
+    }
+
+    /// How many there are at this offset and behind it; not counted beyond so many.
+    pub(super) fn count_from(&self, offset: u64, enough: usize) -> usize {
+        self.from(offset).take(enough).count()
     }
 
     /// What is retained at this offset and behind it.
@@ -151,20 +166,21 @@ impl Topic {
     pub(super) fn read(&self, bus: SmolStr, from: Place, most: u32) -> Option<Stretch> {
         let offset = if from.generation == self.generation { from.offset } else { 0 };
         let lagged = self.floor.saturating_sub(offset);
-        let (mut events, mut bytes, mut next) = (Vec::new(), 0, offset.max(self.floor));
+        let (mut offsets, mut events, mut bytes, mut next) = (Offsets::default(), Run::default(), 0, offset.max(self.floor));
         for (offset, stored) in self.from(offset).take(most.max(1) as usize) {
-            if bytes > 0 && bytes + stored.json.len() > STRETCH_BYTES {
+            if bytes > 0 && bytes + stored.len() > STRETCH_BYTES {
                 break;
             }
-            bytes += stored.json.len();
+            bytes += stored.len();
             next = offset + 1;
-            events.push((offset, stored.clone()));
+            offsets.push(offset);
+            events.push(stored.clone());
         }
         let next = Place { generation: self.generation, offset: next };
-        (!events.is_empty() || from.generation != self.generation).then_some(Stretch { bus, events, lagged, next })
+        (bytes > 0 || from.generation != self.generation).then_some(Stretch { bus, offsets, events, lagged, next })
     }
 
-    pub(super) fn take(&mut self, client: ClientId, take: &Take, now: u64) -> Option<Vec<Handed>> {
+    pub(super) fn take(&mut self, client: ClientId, take: &Take, now: u64) -> Option<HandedOver> {
         // Out of its topic meanwhile: it reads what the topic has.
         let mut group = std::mem::take(self.groups.get_mut(&take.seat.group)?);
         let fresh = |offset| self.from(offset).next().map(|(offset, stored)| (offset, stored.clone()));
@@ -186,15 +202,16 @@ impl Topic {
     pub(super) fn trim(&mut self, run: &str, up_to: Option<i64>) -> (u64, u64) {
         let mut filter = TrimFilter::run(run);
         filter.produced_up_to = up_to;
-        let goes = |json: &Bytes| wire::decode(json, None).is_ok_and(|decoded| filter.matches(&decoded.event));
+        let goes =
+            |stored: &Stored| wire::decode(&stored.shared_json(), None).is_ok_and(|decoded| filter.matches(&decoded.event));
         let (mut count, mut bytes) = (0, 0);
         for slot in &mut self.events {
-            if let Some(gone) = slot.take_if(|stored| goes(&stored.json)) {
-                (count, bytes) = (count + 1, bytes + gone.json.len() as u64);
-                self.ids.remove(&gone.id);
+            if let Some(gone) = slot.take_if(|stored| goes(stored)) {
+                (count, bytes) = (count + 1, bytes + gone.len());
+                self.ids.remove(&gone.id());
             }
         }
-        self.groups.values_mut().for_each(|group| group.trim(|stored| goes(&stored.json)));
+        self.groups.values_mut().for_each(|group| group.trim(goes));
         (self.trimmed, self.bytes) = (self.trimmed + count, self.bytes - bytes);
         (count, bytes)
     }

@@ -110,7 +110,8 @@ fn integer(text: &str) -> Option<String> {
 fn is_reg_exp(value: &Json<'_>) -> bool {
     let field = |name| value.get(name).and_then(Json::as_text);
     let (Some(source), Some(flags)) = (field("source"), field("flags")) else { return false };
-    let known = flags.bytes().enumerate().all(|(at, flag)| b"dgimsuvy".contains(&flag) && !flags.as_bytes()[..at].contains(&flag));
+    let known =
+        flags.bytes().enumerate().all(|(at, flag)| b"dgimsuvy".contains(&flag) && !flags.as_bytes()[..at].contains(&flag));
     known && source.encode_utf16().count() <= MAX_SOURCE
 }
 
@@ -263,14 +264,14 @@ mod tests {
         let leaf = prop_oneof![
             Just(json!(null)),
             any::<i32>().prop_map(|number| json!(number)),
-            prop_oneof![Just("Date"), Just("Class"), Just("Undefined"), Just("x"), Just("12"), Just(TAG)].prop_map(|s| json!(s)),
+            prop_oneof![Just("Date"), Just("Class"), Just("Undefined"), Just("x"), Just("12"), Just(TAG)]
+                .prop_map(|s| json!(s)),
         ];
         leaf.prop_recursive(4, 40, 4, |inner| {
             prop_oneof![
                 proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-                proptest::collection::btree_map(prop_oneof![Just(TAG), Just("v"), Just("n"), Just("a")], inner, 0..4).prop_map(
-                    |map| Value::Object(map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
-                ),
+                proptest::collection::btree_map(prop_oneof![Just(TAG), Just("v"), Just("n"), Just("a")], inner, 0..4)
+                    .prop_map(|map| Value::Object(map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())),
             ]
         })
     }

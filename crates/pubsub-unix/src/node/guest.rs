@@ -13,7 +13,10 @@ use foldhash::{HashMap, HashMapExt};
 use smol_str::SmolStr;
 
 use super::lines::{Said, Stamp, carry, membership, stamped, told, understand};
-use crate::protocol::{Answer, Begin, ClientId, FromBroker, Handed, Place, Query, Reply, Request, Seat, Stored, ToBroker, What};
+use crate::protocol::{
+    Answer, Begin, ClientId, FromBroker, Handed, Place, Query, Reply, Request, Seat, Settling, ToBroker, What,
+};
+use crate::record::{Run, Stored};
 use crate::session::{Heard, Session};
 
 /// How many events, and how many bytes of them, are published together at most.
@@ -51,6 +54,10 @@ struct Followed {
     asked: Option<u64>,
 }
 
+fn done(offset: u64, attempt: u32) -> Settling {
+    Settling { offset, attempt, what: What::Done }
+}
+
 pub(crate) struct Guest {
     session: Session<Kept, Wanted>,
     unheard: VecDeque<Said>,
@@ -65,7 +72,7 @@ pub(crate) struct Guest {
     groups: HashMap<(SmolStr, SmolStr), Seat>,
     seats: u64,
     /// Handed over, and not written to the connection yet.
-    unwritten: Vec<(Seat, Place, u32)>,
+    unwritten: Vec<(Seat, u64, Settling)>,
     frames: Vec<ToBroker>,
     lines: Vec<u8>,
 }
@@ -137,7 +144,7 @@ impl Guest {
                         self.echo(&topic, &stored);
                         continue;
                     }
-                    let (mut bytes, mut events) = (stored.json.len(), vec![stored]);
+                    let (mut bytes, mut events) = (stored.json().len(), vec![stored]);
                     while events.len() < TOGETHER
                         && bytes < BYTES_TOGETHER
                         && let Some(Said::Publish(next, event, false)) = self.unheard.front()
@@ -200,7 +207,7 @@ impl Guest {
     }
 
     fn publish(&mut self, topic: SmolStr, events: Vec<Stored>) {
-        let request = Request::Publish { topic: topic.clone(), events: events.clone() };
+        let request = Request::publish(topic.clone(), events.iter().cloned().collect(), events.len());
         self.frames.push(self.session.call(request, Kept::Publish(topic, events)));
         self.waits = true;
     }
@@ -217,15 +224,13 @@ impl Guest {
     /// The broker said something.
     pub(crate) fn told(&mut self, frame: FromBroker, stamp: impl FnMut() -> Stamp) {
         match self.session.hear(frame) {
-            Heard::Answer(answer, _, Kept::Publish(topic, events)) => {
-                match answer {
-                    Answer::Full | Answer::Failed(_) => {
-                        self.again = Some((topic, events));
-                        return;
-                    }
-                    _ => self.waits = false,
+            Heard::Answer(answer, _, Kept::Publish(topic, events)) => match answer {
+                Answer::Full | Answer::Failed(_) => {
+                    self.again = Some((topic, events));
+                    return;
                 }
-            }
+                _ => self.waits = false,
+            },
             Heard::Answer(answer, _, Kept::Join(topic, group)) => {
                 self.waits = false;
                 // One that was refused is told the same, and hears nothing: it would wait for long to be told nothing else.
@@ -243,14 +248,14 @@ impl Guest {
             Heard::Reply(id, Reply::Stretch(stretch), Wanted::Read(topic)) => {
                 let Some(followed) = self.topics.get_mut(&topic).filter(|followed| followed.asked == Some(id)) else { return };
                 (followed.asked, followed.next) = (None, stretch.next);
-                for (_, stored) in &stretch.events {
-                    match told(stored, 1) {
+                for (_, stored) in stretch.iter() {
+                    match told(&stored, 1) {
                         Some(event) => carry("event", &topic, None, &event, &mut self.lines),
                         None => tracing::warn!(%topic, "an event that TypeScript peers could not read is kept from them"),
                     }
                 }
             }
-            Heard::Taken { member, generation, handed, .. } => self.taken(member, generation, handed),
+            Heard::Taken { member, generation, handed, events, .. } => self.taken(member, generation, handed, &events),
             Heard::Answer(Answer::Failed(_), request, Kept::Other) => self.failed.push(request),
             Heard::Ping => self.frames.push(ToBroker::Ping),
             Heard::Answer(..) | Heard::Reply(..) | Heard::Nothing => {}
@@ -258,7 +263,7 @@ impl Guest {
         self.go_on(stamp);
     }
 
-    fn taken(&mut self, member: u64, generation: u64, handed: Option<Vec<Handed>>) {
+    fn taken(&mut self, member: u64, generation: u64, handed: Option<Vec<Handed>>, events: &Run) {
         let Some(seat) = self.groups.values().find(|seat| seat.member == member).cloned() else { return };
         let Some(handed) = handed else {
             // It was taken for dead although it is connected: the host was suspended, most likely.
@@ -266,20 +271,19 @@ impl Guest {
             self.frames.push(self.session.call(request, Kept::Other));
             return;
         };
-        for Handed { offset, attempt, stored, .. } in handed {
-            let place = Place { generation, offset };
+        for (Handed { offset, attempt, .. }, stored) in handed.into_iter().zip(events.iter()) {
             match told(&stored, attempt) {
                 Some(event) => {
                     carry("event", &seat.topic, Some(&seat.group), &event, &mut self.lines);
-                    self.unwritten.push((seat.clone(), place, attempt));
+                    self.unwritten.push((seat.clone(), generation, done(offset, attempt)));
                 }
-                None => self.settle(seat.clone(), place, attempt),
+                None => self.settle(seat.clone(), generation, vec![done(offset, attempt)]),
             }
         }
     }
 
-    fn settle(&mut self, seat: Seat, place: Place, attempt: u32) {
-        let request = Request::Settle { seat, place, attempt, what: What::Done };
+    fn settle(&mut self, seat: Seat, generation: u64, settled: Vec<Settling>) {
+        let request = Request::Settle { seat, generation, settled };
         self.frames.push(self.session.call(request, Kept::Other));
     }
 
@@ -291,8 +295,15 @@ impl Guest {
 
     /// All that the peer was told has been written: what was handed over is done, and there is room for more.
     pub(crate) fn written(&mut self) {
-        for (seat, place, attempt) in std::mem::take(&mut self.unwritten) {
-            self.settle(seat, place, attempt);
+        let mut unwritten = std::mem::take(&mut self.unwritten).into_iter().peekable();
+        while let Some((seat, generation, first)) = unwritten.next() {
+            let mut settled = vec![first];
+            // What one member took stands together.
+            while let Some((.., next)) = unwritten.next_if(|(of, in_generation, _)| *of == seat && *in_generation == generation)
+            {
+                settled.push(next);
+            }
+            self.settle(seat, generation, settled);
         }
         for seat in self.groups.values() {
             self.frames.extend(self.session.take(seat.clone(), TAKE));

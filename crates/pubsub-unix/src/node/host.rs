@@ -18,9 +18,8 @@ use super::lines::{Said, carry, delivered, membership, offered, understand};
 use crate::broker::{Broker, ConnId, Patience};
 use crate::frame::{self, Malformed};
 use crate::ledger::{Ledger, Limits};
-use crate::protocol::{
-    Answer, Call, ClientId, FromBroker, GroupState, Query, Reply, Request, Seat, ToBroker, What,
-};
+use crate::protocol::{Answer, Call, ClientId, FromBroker, GroupState, Offsets, Query, Reply, Request, Seat, ToBroker, What};
+use crate::record::Run;
 
 /// The topic that is subscribed to again and again, because a broker answers that, and nothing else.
 pub(crate) const PROBE: &str = "pubsub.probe";
@@ -127,9 +126,9 @@ impl Host {
         let Call { number, below, request } = call;
         let answer = |answer| FromBroker::Answer { number, answer };
         let request = match request {
-            Request::Publish { topic, events } => {
-                for event in &events {
-                    match offered(event) {
+            Request::Publish { topic, events, .. } => {
+                for event in events.iter() {
+                    match offered(&event) {
                         Some(event) => carry("publish", &topic, None, &event, &mut self.lines),
                         None => tracing::warn!(%topic, "an event that TypeScript peers could not read is not published"),
                     }
@@ -152,15 +151,24 @@ impl Host {
                 self.leave(&seat.topic, Some(&seat.group), seat.member);
                 Request::Leave { seat: within(seat), heard }
             }
-            Request::Settle { seat, place, attempt, what: What::Bury(Some((topic, letter))) } => {
-                if let Some(event) = offered(&letter) {
-                    carry("publish", &topic, None, &event, &mut self.lines);
+            Request::Settle { seat, generation, mut settled } => {
+                let mut letters = false;
+                for settling in &mut settled {
+                    if let What::Bury(letter) = &mut settling.what
+                        && let Some((topic, letter)) = letter.take()
+                        && let Some(event) = offered(&letter)
+                    {
+                        carry("publish", &topic, None, &event, &mut self.lines);
+                        letters = true;
+                    }
                 }
-                let request = Request::Settle { seat: within(seat), place, attempt, what: What::Bury(None) };
-                self.said.push(Awaited::Say(ToBroker::Call(Call { number, below, request })));
-                return;
+                let request = Request::Settle { seat: within(seat), generation, settled };
+                if letters {
+                    self.said.push(Awaited::Say(ToBroker::Call(Call { number, below, request })));
+                    return;
+                }
+                request
             }
-            Request::Settle { seat, place, attempt, what } => Request::Settle { seat: within(seat), place, attempt, what },
             Request::Clear { .. } | Request::Trim { .. } | Request::Lease { .. } => {
                 self.frames.push(answer(Answer::Failed("the broker is a TypeScript peer, which keeps nothing".into())));
                 return;
@@ -173,7 +181,7 @@ impl Host {
         let query = match query {
             Query::Start { topic, begin, or_earliest } => {
                 // There from now on, so that its place is of a generation of this ledger.
-                self.within.take_in(&topic, &[]);
+                self.within.take_in(&topic, &Run::default());
                 let start = ToBroker::Ask { id, query: Query::Start { topic: topic.clone(), begin, or_earliest } };
                 return self.join(topic, None, 0, start, clock);
             }
@@ -223,7 +231,8 @@ impl Host {
                 for awaited in self.probes.pop_front().unwrap_or_default() {
                     match awaited {
                         Awaited::Publish(number) => {
-                            let answer = Answer::Published { bus: SmolStr::default(), generation: 0, offsets: Vec::new() };
+                            let answer =
+                                Answer::Published { bus: SmolStr::default(), generation: 0, offsets: Offsets::default() };
                             self.frames.push(FromBroker::Answer { number, answer });
                         }
                         Awaited::Say(frame) => self.say(&frame, clock),
@@ -241,7 +250,7 @@ impl Host {
                     return;
                 };
                 let kept = group.map_or_else(|| topic.clone(), |group| of_group(&topic, &group));
-                self.within.take_in(&kept, &[stored]);
+                self.within.take_in(&kept, &Run::from_iter([stored]));
             }
             Some(Said::Unsubscribed | Said::Subscribe(..) | Said::Unsubscribe(..) | Said::Publish(..)) | None => {}
         }

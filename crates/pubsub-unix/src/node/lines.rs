@@ -7,10 +7,10 @@ use serde_json::value::RawValue;
 use smol_str::SmolStr;
 use uuid::Uuid;
 
-use super::envelope::{Envelope, TAG, escaped, may_be_tagged};
+use super::envelope::{Envelope, TAG, escaped};
 use super::text::Json;
 use crate::frame::{MAX_FRAME, Malformed};
-use crate::protocol::{Id, Stored};
+use crate::record::Stored;
 
 /// Cuts a stream of bytes into lines.
 #[derive(Debug, Default)]
@@ -216,8 +216,7 @@ fn kept(event: &[u8], stamp: impl FnOnce(&[(String, &RawValue)]) -> Option<Stamp
     member("id", &format!("\"{}\"", id.hyphenated()), &mut json);
     member("createdAt", &format!("\"{created_at}\""), &mut json);
     json.push(b'}');
-    let tagged = may_be_tagged(&json);
-    Some(Stored { id: Id::Uuid(id.into_bytes()), created_at: created_at.as_millis(), tagged, json: json.into() })
+    Some(Stored::of_json(id, created_at, &json))
 }
 
 fn is_undefined_envelope(raw: &RawValue) -> bool {
@@ -227,7 +226,7 @@ fn is_undefined_envelope(raw: &RawValue) -> bool {
 
 /// A kept event as a TypeScript subscriber is told it, at this attempt.
 pub(crate) fn told(stored: &Stored, attempt: u32) -> Option<Vec<u8>> {
-    let json = if stored.tagged { stored.json.clone() } else { escaped(&stored.json)? };
+    let json = if stored.is_tagged() { stored.shared_json() } else { escaped(&stored.shared_json())? };
     let mut event = Vec::with_capacity(json.len() + 96);
     event.push(b'{');
     for (key, value) in members(&json)? {
@@ -272,10 +271,19 @@ mod tests {
         let local = r#"{"type":"publish","topic":"t","event":{},"localOnly":true}"#;
         assert!(matches!(said(local), Some(Said::Publish(_, _, true))));
         for junk in [
-            "", "{", "[]", "null", "{}", "\"publish\"", r#"{"type":"publish","topic":"t"}"#,
-            r#"{"type":"publish","topic":"t","event":[]}"#, r#"{"type":"other","topic":"t"}"#,
-            r#"{"type":"subscribe","topic":""}"#, r#"{"type":"subscribe","topic":1}"#,
-            r#"{"type":"subscribe","topic":"t","group":{"a":1}}"#, r#"{"type":1,"topic":"t"}"#,
+            "",
+            "{",
+            "[]",
+            "null",
+            "{}",
+            "\"publish\"",
+            r#"{"type":"publish","topic":"t"}"#,
+            r#"{"type":"publish","topic":"t","event":[]}"#,
+            r#"{"type":"other","topic":"t"}"#,
+            r#"{"type":"subscribe","topic":""}"#,
+            r#"{"type":"subscribe","topic":1}"#,
+            r#"{"type":"subscribe","topic":"t","group":{"a":1}}"#,
+            r#"{"type":1,"topic":"t"}"#,
         ] {
             assert_eq!(said(junk), None, "{junk}");
         }
@@ -290,8 +298,8 @@ mod tests {
             "spanId": date, "gone": undefined,
         });
         let stored = stamped(sent.to_string().as_bytes(), stamp()).unwrap();
-        assert!(stored.tagged);
-        let kept: Value = serde_json::from_slice(&stored.json).unwrap();
+        assert!(stored.is_tagged());
+        let kept: Value = serde_json::from_slice(stored.json()).unwrap();
         let id = "00000000-0000-0000-0000-000000000007";
         assert_eq!(
             kept,
@@ -302,14 +310,13 @@ mod tests {
         let created = json!({"__m_codec__": "Date", "v": "2023-11-14T22:13:20.123Z"});
         assert_eq!((&told_as["createdAt"], &told_as["deliveryAttempt"], &told_as["data"]["d"]), (&created, &json!(3), &date));
         let again = delivered(told_as.to_string().as_bytes()).unwrap();
-        assert_eq!((again.id, again.created_at), (stored.id, stored.created_at));
-        assert_eq!(serde_json::from_slice::<Value>(&again.json).unwrap(), kept);
+        assert_eq!((again.id(), again.created_at()), (stored.id(), stored.created_at()));
+        assert_eq!(serde_json::from_slice::<Value>(again.json()).unwrap(), kept);
     }
 
     #[test]
     fn plain_data_that_looks_like_an_envelope_is_told_as_what_it_is() {
-        let json = Bytes::from_static(br#"{"type":"x","data":{"__m_codec__":"Date","v":"a"},"createdAt":"b"}"#);
-        let stored = Stored { id: Id::Uuid([0; 16]), created_at: 0, tagged: false, json };
+        let stored = Stored::text("1", br#"{"type":"x","data":{"__m_codec__":"Date","v":"a"},"createdAt":"b"}"#);
         let told: Value = serde_json::from_slice(&told(&stored, 1).unwrap()).unwrap();
         assert_eq!(told["data"]["__m_codec__"], json!({"__m_codec__": "Class", "n": "plain", "v": "Date"}));
     }
