@@ -41,11 +41,9 @@ const TAKEOVERS: u32 = 50;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) fn contests() -> Vec<Contest> {
-    let contest =
-        |setting, unit, parties| Contest { backend: BACKEND, settings: vec![(setting, unit)], rounds: None, parties };
-    let throughput = |receivers, group, batch, size| {
-        both(move |name, time| throughput(name, Load { receivers, group, batch, size }, time))
-    };
+    let contest = |setting, unit, parties| Contest { backend: BACKEND, settings: vec![(setting, unit)], rounds: None, parties };
+    let throughput =
+        |receivers, group, batch, size| both(move |name, time| throughput(name, Load { receivers, group, batch, size }, time));
     let takeover = Party::new(OURS, report::Role::Ours, |_| takeover(OURS));
     vec![
         contest("1 to 1", Unit::Events, throughput(1, 0, BATCH, 256)),

@@ -29,9 +29,14 @@ pub(crate) enum Role {
     Relay,
     Receive,
     /// Publishes as fast as it can for so long: so many events a call.
-    Publish { seconds: f64, batch: usize },
+    Publish {
+        seconds: f64,
+        batch: usize,
+    },
     /// Publishes so many events, one at a time, at a steady pace; each bears the time it was published at as its number.
-    Pace { events: u64 },
+    Pace {
+        events: u64,
+    },
 }
 
 /// The time between two events of a steady pace.

@@ -2,10 +2,12 @@
 
 mod cached;
 mod emitter;
+pub mod mastra;
 mod memory_store;
 pub mod redis;
 mod slow_remote;
 mod unix;
+mod unix_tongues;
 
 use std::sync::Arc;
 
@@ -15,6 +17,7 @@ pub use memory_store::MemoryStoreHarness;
 pub use redis::RedisHarness;
 pub use slow_remote::SlowRemoteHarness;
 pub use unix::{UnixHarness, is_other_unix_process, other_unix_process};
+pub use unix_tongues::{Tongues, TonguesHarness};
 
 use crate::Harness;
 use crate::stores::StoreHarness;
@@ -32,7 +35,8 @@ pub fn all() -> Vec<Arc<dyn Harness>> {
         Arc::new(RedisHarness::default()),
     ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
-    backends.into_iter().chain(cached).collect()
+    let tongues = [Tongues::Lines, Tongues::Mixed, Tongues::Mastra].map(|tongues| Arc::new(TonguesHarness::new(tongues)) as _);
+    backends.into_iter().chain(tongues).chain(cached).collect()
 }
 
 /// All stores.

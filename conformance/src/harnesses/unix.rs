@@ -55,7 +55,12 @@ impl UnixHarness {
         Self { all, directory, outage: Mutex::new(None) }
     }
 
-    fn socket(&self) -> PathBuf {
+    /// A bus of its own beside this one.
+    pub(super) fn another(&self) -> Self {
+        Self::among(self.all.clone())
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
         self.directory.join("bus")
     }
 
@@ -72,7 +77,7 @@ impl Default for UnixHarness {
     }
 }
 
-fn failed(error: io::Error) -> Error {
+pub(super) fn failed(error: io::Error) -> Error {
     Error::new(ErrorKind::Unavailable).caused_by(error)
 }
 
@@ -98,7 +103,7 @@ impl Harness for UnixHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self::among(self.all.clone())))
+        Ok(Arc::new(self.another()))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {

@@ -295,7 +295,8 @@ mod tests {
 
     #[test]
     fn what_is_escaped_reads_back() {
-        let json = r#"{"ty\u0070e":"a\nb","id":"\u00e9","createdAt":"2026-01-02T03:04:05+00:00","runId":null,"data":null,"f\"":[]}"#;
+        let json =
+            r#"{"ty\u0070e":"a\nb","id":"\u00e9","createdAt":"2026-01-02T03:04:05+00:00","runId":null,"data":null,"f\"":[]}"#;
         let event = decode(&Bytes::from_static(json.as_bytes()), None).unwrap().event;
         assert_eq!((event.event_type(), event.id().to_string().as_str(), event.run_id()), ("a\nb", "é", ""));
         let again = decode(&Bytes::from(encode(&event).unwrap()), None).unwrap().event;

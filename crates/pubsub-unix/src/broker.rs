@@ -121,6 +121,11 @@ impl Broker {
         &self.ledger
     }
 
+    /// Takes in events that another broker has given out.
+    pub(crate) fn take_in(&mut self, topic: &SmolStr, events: &Run) {
+        self.ledger.take_in(topic, events);
+    }
+
     /// Whether something came in that a turn is to be made for.
     pub(crate) fn is_busy(&self) -> bool {
         !self.changes.is_empty() || !self.asked.is_empty() || !self.look.is_empty()

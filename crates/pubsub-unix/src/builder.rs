@@ -9,7 +9,7 @@ use crate::UnixSocketPubSub;
 use crate::broker::Patience;
 use crate::files::Paths;
 use crate::ledger::Limits;
-use crate::link::Config;
+use crate::link::{Config, Tongue};
 
 /// Configures a [`UnixSocketPubSub`]. What concerns the broker is that of the process which is the broker.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub struct UnixBuilder {
     hang_timeout: Duration,
     max_peer_bytes: usize,
     sync: bool,
+    tongue: Tongue,
+    envelopes: bool,
 }
 
 /// What an instance itself keeps of its configuration.
@@ -31,6 +33,8 @@ pub(crate) struct Settings {
     pub(crate) publish_timeout: Duration,
     pub(crate) max_payload: usize,
     pub(crate) max_events: u64,
+    /// Whether data is read and written with the envelopes of TypeScript peers.
+    pub(crate) envelopes: bool,
 }
 
 impl UnixBuilder {
@@ -45,6 +49,8 @@ impl UnixBuilder {
             hang_timeout: Duration::from_secs(10),
             max_peer_bytes: 64 << 20,
             sync: false,
+            tongue: Tongue::Any,
+            envelopes: false,
         }
     }
 
@@ -104,6 +110,31 @@ impl UnixBuilder {
         self
     }
 
+    /// Refuses to be the client of a broker that is a process of Mastra (off): while there is one the status is `Failed`, and it goes
+    /// on once that has gone. What such a broker cannot do the [crate's documentation](crate#with-typescript) says, and
+    /// [`capabilities`](pubsub_core::PubSub::capabilities) as long as there is one.
+    #[must_use]
+    pub fn native_only(mut self, native_only: bool) -> Self {
+        self.tongue = if native_only { Tongue::Native } else { Tongue::Any };
+        self
+    }
+
+    /// Reads and writes data with the tagged envelopes in which processes of Mastra say what JSON lacks (off). Without it a `Date` is
+    /// text, a `Map` an object, a `BigInt` a number, and what is published cannot be mistaken for any of them.
+    #[must_use]
+    pub fn envelopes(mut self, envelopes: bool) -> Self {
+        self.envelopes = envelopes;
+        self
+    }
+
+    /// Speaks as processes of Mastra do, with brokers of this crate too. It has their limits then, and exists to be tested.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn lines_only(mut self) -> Self {
+        self.tongue = Tongue::Lines;
+        self
+    }
+
     /// Connects, or becomes the broker.
     ///
     /// Dropping the future leaves nothing connected.
@@ -147,8 +178,9 @@ impl UnixBuilder {
             patience: Patience { absent: millis(self.grace), silent: millis(self.hang_timeout) },
             max_peer_bytes: self.max_peer_bytes,
             sync: self.sync,
+            tongue: self.tongue,
         };
-        let Self { publish_timeout, max_payload, max_events, .. } = self;
-        Ok((config, Settings { publish_timeout, max_payload, max_events }))
+        let Self { publish_timeout, max_payload, max_events, envelopes, .. } = self;
+        Ok((config, Settings { publish_timeout, max_payload, max_events, envelopes }))
     }
 }

@@ -3,21 +3,34 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use pubsub_core::{Cursor, Event, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire};
+use pubsub_core::{
+    Cursor, Error, ErrorKind, Event, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
+};
 use smol_str::SmolStr;
 
+use crate::node::envelope;
 use crate::protocol::{Begin, Place};
 use crate::record::{Stored, event_id};
 
 /// Events with less JSON than this are copied out of what they came in.
 const COPIED: usize = 16 << 10;
 
-/// The event that is kept at this place. An index of its own it has from there; a decorator's stays.
-pub(crate) fn decode(stored: &Stored, place: Place) -> Result<Event> {
+/// The event that is kept at this place, with envelopes in its data or without. An index of its own it has from there; a
+/// decorator's stays.
+pub(crate) fn decode(stored: &Stored, place: Place, tagged: bool) -> Result<Event> {
     let json = stored.json();
-    // A small event is copied out: whoever keeps it would keep all that it came with.
-    let json = if json.len() < COPIED { Bytes::copy_from_slice(json) } else { stored.shared_json() };
+    let json = match (stored.is_tagged(), tagged) {
+        (true, false) => envelope::plain(&stored.shared_json()),
+        (false, true) => envelope::escaped(&stored.shared_json()),
+        // A small event is copied out: whoever keeps it would keep all that it came with.
+        _ if json.len() < COPIED => Some(Bytes::copy_from_slice(json)),
+        _ => Some(stored.shared_json()),
+    };
+    let json = json.ok_or_else(|| Error::new(ErrorKind::Decode("nested too deeply".into())))?;
     let event = wire::decode(&json, None)?.event;
+    if place.is_foreign() {
+        return Ok(event);
+    }
     let own = ReplayIndex { generation: place.generation, index: place.offset };
     let index = event.index().unwrap_or(own);
     Ok(event.with_index(Some(index)))
@@ -35,7 +48,7 @@ pub(crate) fn letter_of_malformed(
     let created_at = Timestamp::from_millis(stored.created_at()).unwrap_or_else(|_| Timestamp::now());
     let event = Event::stamped(event_id(&stored.id()), "malformed", created_at).with_data(text);
     let letter = dead_letter(&event, topic, options.group.as_ref(), attempt, "not an event");
-    Some((to.as_str().into(), Stored::of(&letter, usize::MAX).ok()?))
+    Some((to.as_str().into(), Stored::of(&letter, usize::MAX, false).ok()?))
 }
 
 /// The scope that a broker's names make.

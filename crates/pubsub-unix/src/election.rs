@@ -43,6 +43,8 @@ pub(crate) struct Seat {
 
 /// Looks for the broker, and stands for election if there is none. With `supersede` there is one, and it does not answer.
 pub(crate) fn find(paths: &Paths, limits: Limits, sync: bool, supersede: bool) -> io::Result<Found> {
+    // A broker of ours has the lock for as long as it lives. What is silent without it is somebody else's, and stays.
+    let supersede = supersede && lock(paths, false)?.is_none();
     if !supersede && let Some(stream) = dial(paths)? {
         return Ok(Found::Broker(stream));
     }

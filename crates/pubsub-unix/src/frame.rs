@@ -8,6 +8,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::node::host::PROBE;
 use crate::record::Run;
 
 /// The longest frame: what is longer disconnects its sender. Leaves room for a `max_payload` of 32 MiB and its wrapping.
@@ -90,6 +91,15 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
+    /// Whether the first line is the hello of a peer of ours; none until that can be told.
+    pub(crate) fn is_hello(&self) -> Option<bool> {
+        let end = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n');
+        match end {
+            Some(end) => Some(matches!(serde_json::from_slice(&self.buffer[..end]), Ok(Greeting::Hello { .. }))),
+            None => (self.buffer.len() >= MAX_LINE).then_some(false),
+        }
+    }
+
     /// The greeting, once its line is whole.
     pub(crate) fn greeting(&mut self) -> Result<Option<Greeting>, Malformed> {
         let Some(end) = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n') else {
@@ -160,7 +170,12 @@ impl Greeting {
     /// What a client says first.
     pub(crate) fn hello(client: u64, session: u64) -> Vec<u8> {
         let hello = Self::Hello { v: crate::protocol::VERSION, client, session };
-        [hello.line(), Self::Subscribe { topic: "pubsub.probe".into() }.line()].concat()
+        [hello.line(), Self::probe()].concat()
+    }
+
+    /// What is said to a broker to see whether it answers like a TypeScript peer.
+    pub(crate) fn probe() -> Vec<u8> {
+        Self::Subscribe { topic: PROBE.into() }.line()
     }
 
     pub(crate) fn line(&self) -> Vec<u8> {
@@ -219,6 +234,22 @@ mod tests {
                 drop(body::<ToBroker>(&frame));
                 drop(body::<crate::protocol::FromBroker>(&frame));
             }
+        }
+    }
+
+    #[test]
+    fn frames_come_whole_wherever_they_are_cut_in_two() {
+        let mut bytes = Vec::new();
+        frames().iter().for_each(|frame| encode(frame, &mut bytes).unwrap());
+        for cut in 0..=bytes.len() {
+            let (mut decoder, mut found) = (Decoder::default(), Vec::new());
+            for part in [&bytes[..cut], &bytes[cut..]] {
+                decoder.buffer.extend_from_slice(part);
+                while let Some(frame) = decoder.next().unwrap() {
+                    found.push(body::<ToBroker>(&frame).unwrap());
+                }
+            }
+            assert_eq!(found, frames(), "cut at {cut}");
         }
     }
 

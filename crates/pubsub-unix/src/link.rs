@@ -4,24 +4,28 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use pubsub_core::{Error, ErrorKind, Receipt, Result, Settled, Status};
+use pubsub_core::{Error, ErrorKind, Receipt, Result, Settled, Status, Topic};
+use smol_str::SmolStr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::abroad::{self, CLOSING};
 use crate::broker::{PING, Patience};
 use crate::election::{Found, find};
-use crate::files::{Paths, Register};
+use crate::files::{Paths, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::ledger::Limits;
 use crate::member::Member;
+use crate::node::host::Host;
 use crate::protocol::{Answer, FromBroker, Place, Query, Reply, Request, Seat, Settling, ToBroker, VERSION, What};
 use crate::reader::Reader;
 use crate::serve::Serving;
@@ -29,6 +33,9 @@ use crate::session::{Heard, Session};
 
 /// How long a broker may take to welcome a client before another takes its place.
 const HUNG: Duration = Duration::from_secs(3);
+
+/// How long the first connection may take before an instance is handed out without one.
+const FIRST: Duration = Duration::from_secs(1);
 
 /// How many pings, a second apart, it may leave unanswered.
 const UNANSWERED: u32 = 2;
@@ -55,7 +62,7 @@ const MAX_UNANSWERED: usize = 4096;
 const KEPT_BUFFER: usize = 1 << 20;
 
 /// How many bytes may be on their way to the broker before publishers wait.
-const MAX_OUT: usize = 16 << 20;
+pub(crate) const MAX_OUT: usize = 16 << 20;
 
 /// What the link needs to know of how its instance is configured.
 #[derive(Debug, Clone)]
@@ -65,6 +72,18 @@ pub(crate) struct Config {
     pub(crate) patience: Patience,
     pub(crate) max_peer_bytes: usize,
     pub(crate) sync: bool,
+    pub(crate) tongue: Tongue,
+}
+
+/// What an instance speaks with brokers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tongue {
+    /// What the broker speaks.
+    Any,
+    /// Ours, and with no other.
+    Native,
+    /// That of TypeScript peers, with brokers of ours too: for tests.
+    Lines,
 }
 
 /// What is kept with a call until it is answered.
@@ -99,6 +118,8 @@ pub(crate) struct Link {
     /// Something was written or answered.
     less: Notify,
     status: watch::Sender<Status>,
+    /// Whether the broker is a TypeScript peer, or was when there last was one.
+    foreign: AtomicBool,
 }
 
 struct State {
@@ -108,6 +129,8 @@ struct State {
     connected: bool,
     closed: bool,
     members: HashMap<u64, Weak<Member>>,
+    /// How many fan-out subscriptions follow each topic.
+    followed: HashMap<SmolStr, u64>,
     batch: Option<Batch>,
 }
 
@@ -151,14 +174,78 @@ impl Link {
             connected: false,
             closed: false,
             members: HashMap::new(),
+            followed: HashMap::new(),
             batch: None,
         };
-        let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status });
+        let foreign = AtomicBool::new(false);
+        let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status, foreign });
         let (end, ended) = oneshot::channel();
-        let mut line = Line { link: Arc::downgrade(&link), config, serving: None, supersede: false };
+        let mut line = Line { link: Arc::downgrade(&link), config, serving: None, supersede: false, host: None };
         let first = line.find().await.map_err(|error| Error::new(kind(&error)).during("connect").caused_by(error))?;
         let task = tokio::spawn(carry(line, first, ended));
+        // What the instance can do depends on who the broker is.
+        let known = |status: &Status| !matches!(status, Status::Reconnecting { .. });
+        let _ = timeout(FIRST, link.status.subscribe().wait_for(known)).await; // without a broker it goes on looking
         Ok((link, Carrier { task, end }))
+    }
+
+    /// Whether the broker is a TypeScript peer.
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.foreign.load(Ordering::Acquire)
+    }
+
+    /// Who the broker is has changed: questions of readers are about what the other one kept, and they ask anew.
+    fn moved(&self, foreign: bool) {
+        if self.foreign.swap(foreign, Ordering::AcqRel) == foreign {
+            return;
+        }
+        let askers = self.state.lock().session.withdraw(|asker| matches!(asker, Asker::Reader(_)));
+        for asker in askers {
+            if let Asker::Reader(reader) = asker
+                && let Some(reader) = reader.upgrade()
+            {
+                reader.ask_again();
+            }
+        }
+    }
+
+    /// A fan-out subscription follows a topic from now on.
+    pub(crate) fn follow(&self, topic: &Topic) {
+        *self.state.lock().followed.entry(topic.as_str().into()).or_default() += 1;
+    }
+
+    /// It no longer does. A broker that is a TypeScript peer has to be told when nobody does: it sends without being asked.
+    pub(crate) fn unfollow(&self, topic: &Topic) {
+        {
+            let mut state = self.state.lock();
+            let Some(followers) = state.followed.get_mut(topic.as_str()) else { return };
+            *followers -= 1;
+            if *followers > 0 {
+                return;
+            }
+            state.followed.remove(topic.as_str());
+        }
+        if self.is_foreign() {
+            let seat = Seat { topic: topic.as_str().into(), group: SmolStr::default(), member: 0 };
+            drop(self.call(Request::Leave { seat, heard: 0 }));
+        }
+    }
+
+    /// Takes what is to be said.
+    pub(crate) fn said(&self) -> Vec<u8> {
+        let mut state = self.state.lock();
+        state.say_batch();
+        std::mem::take(&mut state.out)
+    }
+
+    /// Waits until there is something to be said.
+    pub(crate) async fn spoken(&self) {
+        self.more.notified().await;
+    }
+
+    /// Something was said or answered.
+    pub(crate) fn eased(&self) {
+        self.less.notify_waiters();
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<Status> {
@@ -343,6 +430,19 @@ impl Link {
         self.less.notify_waiters();
     }
 
+    /// There is a broker: says again what was not answered.
+    fn resume(&self) {
+        {
+            let mut state = self.state.lock();
+            state.out.clear();
+            state.connected = true;
+            let frames: Vec<_> = state.session.resume().collect();
+            frames.iter().for_each(|frame| state.say(frame));
+        }
+        self.ask_for_seats();
+        self.tell(Status::Connected);
+    }
+
     /// Members that hold something may have lost it meanwhile, if this process was stopped for so long that it was taken for dead.
     /// Those that wait for a take are told by its answer.
     fn ask_for_seats(&self) {
@@ -359,7 +459,7 @@ impl Link {
     }
 
     /// A frame came.
-    fn heard(self: &Arc<Self>, frame: FromBroker) {
+    pub(crate) fn heard(self: &Arc<Self>, frame: FromBroker) {
         let (heard, member) = {
             let mut state = self.state.lock();
             let heard = state.session.hear(frame);
@@ -393,11 +493,11 @@ impl Link {
                 }
             }
             Heard::Reply(_, reply, Asker::Caller(tell)) => drop(tell.send(reply)),
-            Heard::Reply(id, reply, Asker::Reader(reader)) => {
-                if let (Some(reader), Reply::Stretch(stretch)) = (reader.upgrade(), reply) {
-                    reader.arrived(id, stretch);
-                }
-            }
+            Heard::Reply(id, reply, Asker::Reader(reader)) => match (reader.upgrade(), reply) {
+                (Some(reader), Reply::Stretch(stretch)) => reader.arrived(id, stretch),
+                (Some(reader), Reply::Start(Ok(place))) => reader.moved(id, place),
+                _ => {}
+            },
             Heard::Reply(_, reply, Asker::Member(member)) => {
                 if let (Some(member), Reply::Seated(false)) = (member.upgrade(), reply) {
                     member.rejoin();
@@ -444,12 +544,14 @@ struct Line {
     serving: Option<Serving>,
     /// Whether the broker there is does not answer.
     supersede: bool,
+    /// What this process was given by a broker that is a TypeScript peer, while there is one.
+    host: Option<Host>,
 }
 
 impl Line {
     /// Finds the broker or becomes it. None: somebody else is becoming it.
     async fn find(&mut self) -> io::Result<Option<UnixStream>> {
-        let Config { paths, limits, patience, max_peer_bytes, sync } = self.config.clone();
+        let Config { paths, limits, patience, max_peer_bytes, sync, .. } = self.config.clone();
         let supersede = std::mem::take(&mut self.supersede);
         let found =
             tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
@@ -506,6 +608,9 @@ async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Re
             }
         };
         let is_foreign = foreign.is_some();
+        if line.host.is_some() {
+            pause = CLOSING;
+        }
         if connected && let Some(link) = line.link.upgrade() {
             link.state.lock().connected = false;
             link.tell(match foreign {
@@ -531,15 +636,27 @@ async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Re
 async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
     let (mut from, mut to) = stream.into_split();
     let Some(link) = line.link.upgrade() else { return Ok(false) };
-    let hello = {
+    let tongue = line.config.tongue;
+    let (client, session) = {
         let mut state = link.state.lock();
         let session = state.session.connect();
-        Greeting::hello(state.session.client, session)
+        (state.session.client, session)
     };
-    to.write_all(&hello).await?;
+    to.write_all(&if tongue == Tongue::Lines { Greeting::probe() } else { Greeting::hello(client, session) }).await?;
     let mut decoder = Decoder::default();
     let epoch = match timeout(HUNG, welcome(&mut from, &mut decoder)).await {
-        Ok(epoch) => epoch?,
+        Ok(Ok(Welcome::Native(epoch))) => epoch,
+        Ok(Ok(Welcome::Foreign)) if tongue != Tongue::Native => {
+            link.moved(true);
+            let Config { limits, patience, .. } = line.config;
+            let host = line.host.get_or_insert_with(|| Host::new(client, limits, patience, clock()));
+            host.connected(session, clock());
+            link.resume();
+            abroad::talk(&link, host, &mut from, &mut to, decoder.buffer).await?;
+            return Ok(true);
+        }
+        Ok(Ok(Welcome::Foreign)) => return Err(foreign()),
+        Ok(Err(error)) => return Err(error),
         Err(_) => {
             line.supersede = true;
             return Ok(false);
@@ -549,15 +666,9 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
     if register.epoch()? != epoch {
         return Ok(false);
     }
-    {
-        let mut state = link.state.lock();
-        state.out.clear();
-        state.connected = true;
-        let frames: Vec<_> = state.session.resume().collect();
-        frames.iter().for_each(|frame| state.say(frame));
-    }
-    link.ask_for_seats();
-    link.tell(Status::Connected);
+    link.moved(false);
+    line.host = None;
+    link.resume();
     let hung = tokio::select! {
         read = read(&link, &mut from, &mut decoder, &register, epoch) => read?,
         written = write(&link, &mut to) => written.map(|()| false)?,
@@ -566,11 +677,23 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
     Ok(true)
 }
 
-async fn welcome(from: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) -> io::Result<u64> {
-    let foreign = || io::Error::new(io::ErrorKind::InvalidData, "what listens on the socket is no broker of this version");
+/// Who answers.
+enum Welcome {
+    /// A broker of ours, of this epoch.
+    Native(u64),
+    /// A TypeScript peer.
+    Foreign,
+}
+
+fn foreign() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "what listens on the socket is no broker of this version")
+}
+
+async fn welcome(from: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) -> io::Result<Welcome> {
     loop {
         match decoder.greeting() {
-            Ok(Some(Greeting::Welcome { v: VERSION, epoch })) => return Ok(epoch),
+            Ok(Some(Greeting::Welcome { v: VERSION, epoch })) => return Ok(Welcome::Native(epoch)),
+            Ok(Some(Greeting::Subscribed)) => return Ok(Welcome::Foreign),
             Ok(Some(_)) | Err(_) => return Err(foreign()),
             Ok(None) => {}
         }

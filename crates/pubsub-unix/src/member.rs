@@ -14,7 +14,7 @@ use pubsub_core::{
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::convert::{decode, letter_of_malformed, scope};
+use crate::convert::{letter_of_malformed, scope};
 use crate::protocol::{Handed, Place, Query, Request, Seat, What};
 use crate::record::{Run, Stored};
 use crate::remote::Remote;
@@ -207,7 +207,7 @@ impl Member {
     fn hand_over(&self, taken: Taken, mode: AckMode) -> Option<Delivery> {
         let Taken { scope, place, attempt, lagged, stored } = taken;
         self.state.lock().lagged += lagged;
-        let Ok(event) = decode(&stored, place).map(Arc::new) else {
+        let Ok(event) = self.remote.read(&stored, place).map(Arc::new) else {
             self.state.lock().dropped += 1;
             let letter = letter_of_malformed(&self.topic, &self.options, &stored, attempt);
             drop(self.settle_as(place, attempt, What::Bury(letter)));
@@ -228,7 +228,8 @@ impl Member {
                 self.hold(held, event, attempt)
             }
         };
-        Some(delivery.at(scope, Position::from(place.offset)).after_losing(lagged))
+        let delivery = if place.is_foreign() { delivery } else { delivery.at(scope, Position::from(place.offset)) };
+        Some(delivery.after_losing(lagged))
     }
 
     /// Hands over a delivery that came from the instance's own queue.
@@ -283,7 +284,7 @@ impl Member {
     fn give_up(&self, event: &Event, place: Place, attempt: u32, reason: &str, attempts: u32) -> Receipt {
         let letter = self.options.dead_letter.as_ref().and_then(|to| {
             let letter = dead_letter(event, &self.topic, Some(&self.group), attempts, reason);
-            Some((to.as_str().into(), Stored::of(&letter, usize::MAX).ok()?))
+            Some((to.as_str().into(), self.remote.store(&letter, usize::MAX).ok()?))
         });
         {
             let mut state = self.state.lock();

@@ -26,6 +26,16 @@ pub(crate) struct Place {
     pub(crate) offset: u64,
 }
 
+/// Generations from here on are those of what an instance keeps for itself while a TypeScript peer is the broker.
+pub(crate) const FOREIGN: u64 = 1 << 63;
+
+impl Place {
+    /// Whether it is in what an instance keeps for itself, not in a broker's log.
+    pub(crate) fn is_foreign(self) -> bool {
+        self.generation >= FOREIGN
+    }
+}
+
 /// Where to start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Begin {

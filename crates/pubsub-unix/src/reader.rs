@@ -10,8 +10,8 @@ use pubsub_core::machinery::{Aftermath, DeliveryQueue, Entry};
 use pubsub_core::{SubscribeOptions, Topic};
 use tokio::sync::watch;
 
-use crate::convert::{decode, letter_of_malformed, scope};
-use crate::protocol::{Place, Query, Request, Stretch};
+use crate::convert::{letter_of_malformed, scope};
+use crate::protocol::{Begin, Place, Query, Request, Stretch};
 use crate::remote::Remote;
 
 pub(crate) struct Reader {
@@ -33,6 +33,8 @@ pub(crate) struct Reader {
 struct State {
     /// What is to be read next; none until it has started, and after it has ended.
     place: Option<Place>,
+    /// What was to be read next in a broker's log, while the broker is a TypeScript peer.
+    home: Option<Place>,
     /// The question on its way.
     asked: Option<u64>,
     /// Read, and not queued yet.
@@ -43,6 +45,7 @@ struct State {
 
 impl Reader {
     pub(crate) fn new(remote: &Arc<Remote>, topic: &Topic, options: SubscribeOptions, queue: Arc<DeliveryQueue>) -> Arc<Self> {
+        remote.link.follow(topic);
         Arc::new_cyclic(|me| Self {
             remote: remote.clone(),
             topic: topic.clone(),
@@ -55,6 +58,43 @@ impl Reader {
             malformed: AtomicU64::new(0),
             untold: AtomicBool::new(false),
         })
+    }
+
+    /// What was asked will not be answered: another kind of broker has come.
+    pub(crate) fn ask_again(&self) {
+        self.state.lock().asked = None;
+        self.read_on();
+    }
+
+    /// Goes on at a place under another kind of broker.
+    pub(crate) fn moved(&self, id: u64, place: Place) {
+        {
+            let mut state = self.state.lock();
+            if state.asked != Some(id) || state.place.is_none() {
+                return; // ended meanwhile
+            }
+            (state.asked, state.place) = (None, Some(place));
+        }
+        self.queued.send_replace(place);
+        self.read_on();
+    }
+
+    /// What to ask for next: what is new, or where that begins under a broker of another kind than the last.
+    fn question(&self, state: &mut State, mut place: Place, most: usize) -> Query {
+        let topic = self.topic.as_str().into();
+        let foreign = self.remote.link.is_foreign();
+        if place.is_foreign() != foreign {
+            if foreign {
+                state.home = Some(place);
+                return Query::Start { topic, begin: Begin::Latest, or_earliest: true };
+            }
+            let Some(home) = state.home.take() else {
+                return Query::Start { topic, begin: Begin::Latest, or_earliest: true };
+            };
+            place = home;
+            state.place = Some(home);
+        }
+        Query::Read { topic, from: place, most: u32::try_from(most).unwrap_or(u32::MAX) }
     }
 
     /// Starts to read there.
@@ -72,6 +112,7 @@ impl Reader {
             state.asked.take()
         };
         asked.into_iter().for_each(|id| self.remote.link.cancel(id));
+        self.remote.link.unfollow(&self.topic);
         self.queued.send_replace(Place { generation: u64::MAX, offset: u64::MAX });
     }
 
@@ -93,8 +134,7 @@ impl Reader {
                 self.queued.send_if_modified(|queued| std::mem::replace(queued, place) != place);
                 let room = self.queue.room().min(self.options.prefetch);
                 if room > 0 && state.asked.is_none() {
-                    let most = u32::try_from(room).unwrap_or(u32::MAX);
-                    let query = Query::Read { topic: self.topic.as_str().into(), from: place, most };
+                    let query = self.question(&mut state, place, room);
                     state.asked = self.remote.link.read(query, self.me.clone());
                 }
             }
@@ -109,12 +149,13 @@ impl Reader {
         let scope = scope(&stretch.bus, next.generation);
         let (mut entries, mut lost) = (Vec::with_capacity(stretch.offsets.len()), None);
         for (offset, stored) in stretch.iter() {
-            match decode(&stored, Place { offset, ..next }) {
+            match self.remote.read(&stored, Place { offset, ..next }) {
                 Ok(event) => {
                     if lagged > 0 {
                         lost = Some((offset, std::mem::take(&mut lagged)));
                     }
-                    entries.push(Entry::new(Arc::new(event)).at(scope.clone(), offset));
+                    let entry = Entry::new(Arc::new(event));
+                    entries.push(if next.is_foreign() { entry } else { entry.at(scope.clone(), offset) });
                 }
                 Err(error) => {
                     if self.malformed.fetch_add(1, Ordering::Relaxed) == 0 {

@@ -1,19 +1,26 @@
 //! An event as it travels and is kept: the very bytes that its publisher wrote, which brokers pass on and nobody writes again.
 //!
-//! A record is `u32 length, i64 time, u8 n, id, json`, little-endian: the length counts what follows it, the time is in milliseconds
-//! since 1970, and the id is n bytes of text, or for n = 0 the 16 bytes of a uuid. Records that travel together are a [`Run`]: one
-//! behind the other, at the end of their frame.
+//! A record is `u32 length, i64 time, u8 flags, u8 n, id, json`, little-endian: the length counts what follows it, the time is in
+//! milliseconds since 1970, and the id is n bytes of text, or for n = 0 the 16 bytes of a uuid. One flag is known: 1, that there may
+//! be the envelopes of TypeScript peers in the JSON, which otherwise is plain. Records that travel together are a [`Run`]: one behind
+//! the other, at the end of their frame.
 
 use bytes::{BufMut, Bytes};
-use pubsub_core::{Event, EventId, Result, wire};
+use pubsub_core::{Event, EventId, Result, Timestamp, wire};
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
+use uuid::Uuid;
 
 use crate::frame::Malformed;
+use crate::node::envelope::may_be_tagged;
 
-/// Length, time, and the length of the id.
-const HEAD: usize = 4 + 8 + 1;
+/// Length, time, flags, and the length of the id.
+const HEAD: usize = 4 + 8 + 1 + 1;
+const FLAGS: usize = 4 + 8;
 const UUID: usize = 16;
+
+/// There may be envelopes in the JSON.
+const TAGGED: u8 = 1;
 
 /// An event's id; bytes where it is a uuid.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,10 +38,27 @@ impl Stored {
     ///
     /// # Errors
     /// `TooLarge` if its data and metadata are over the limit, and `NotSerializable`.
-    pub(crate) fn of(event: &Event, limit: usize) -> Result<Self> {
+    pub(crate) fn of(event: &Event, limit: usize, tagged: bool) -> Result<Self> {
         let mut bytes = Vec::new();
-        write(event, limit, &mut bytes)?;
+        write(event, limit, tagged, &mut bytes)?;
         Ok(Self(bytes.into()))
+    }
+
+    /// A record of JSON that was written elsewhere.
+    pub(crate) fn of_json(id: Uuid, created_at: Timestamp, json: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(HEAD + UUID + json.len());
+        bytes.put_u32_le(u32::try_from(HEAD - 4 + UUID + json.len()).expect("it came in a frame"));
+        bytes.put_i64_le(created_at.as_millis());
+        bytes.put_u8(if may_be_tagged(json) { TAGGED } else { 0 });
+        bytes.put_u8(0);
+        bytes.extend_from_slice(id.as_bytes());
+        bytes.extend_from_slice(json);
+        Self(bytes.into())
+    }
+
+    /// Whether there may be envelopes in the JSON.
+    pub(crate) fn is_tagged(&self) -> bool {
+        self.0[FLAGS] & TAGGED != 0
     }
 
     /// A record of parts: for the model and for tests.
@@ -43,6 +67,7 @@ impl Stored {
         let mut bytes = Vec::new();
         bytes.put_u32_le((HEAD - 4 + id.len() + json.len()).try_into().expect("it is short"));
         bytes.put_i64_le(0);
+        bytes.put_u8(0);
         bytes.put_u8(id.len().try_into().expect("it is short"));
         bytes.extend_from_slice(id.as_bytes());
         bytes.extend_from_slice(json);
@@ -73,7 +98,7 @@ impl Stored {
 
     /// Milliseconds since 1970.
     pub(crate) fn created_at(&self) -> i64 {
-        i64::from_le_bytes(self.0[4..12].try_into().expect("eight bytes"))
+        i64::from_le_bytes(self.0[4..FLAGS].try_into().expect("eight bytes"))
     }
 
     pub(crate) fn json(&self) -> &[u8] {
@@ -91,15 +116,16 @@ impl Stored {
     }
 }
 
-/// Appends the record of an event.
+/// Appends the record of an event, whose data has envelopes in it only if it is `tagged`.
 ///
 /// # Errors
 /// As [`Stored::of`]; nothing has been appended then.
-pub(crate) fn write(event: &Event, limit: usize, out: &mut Vec<u8>) -> Result<()> {
+pub(crate) fn write(event: &Event, limit: usize, tagged: bool, out: &mut Vec<u8>) -> Result<()> {
     let start = out.len();
     event.check_size(limit)?;
     out.extend_from_slice(&[0; 4]);
     out.put_i64_le(event.created_at().as_millis());
+    out.push(0);
     match event.id().as_uuid() {
         Some(uuid) => {
             out.push(0);
@@ -111,9 +137,13 @@ pub(crate) fn write(event: &Event, limit: usize, out: &mut Vec<u8>) -> Result<()
             out.extend_from_slice(text.as_bytes());
         }
     }
+    let json = out.len();
     if let Err(error) = wire::encode_into(event, out) {
         out.truncate(start);
         return Err(error);
+    }
+    if tagged && may_be_tagged(&out[json..]) {
+        out[start + FLAGS] |= TAGGED;
     }
     let length = u32::try_from(out.len() - start - 4).expect("payloads are limited to less");
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
@@ -123,7 +153,7 @@ pub(crate) fn write(event: &Event, limit: usize, out: &mut Vec<u8>) -> Result<()
 /// What an id is to the rest of the system.
 pub(crate) fn event_id(id: &Id) -> EventId {
     match id {
-        Id::Uuid(bytes) => EventId::from(uuid::Uuid::from_bytes(*bytes)),
+        Id::Uuid(bytes) => EventId::from(Uuid::from_bytes(*bytes)),
         Id::Text(text) => EventId::new(text).unwrap_or_else(|_| EventId::random()),
     }
 }
@@ -147,10 +177,10 @@ impl Run {
         while let Some((length, tail)) = rest.split_first_chunk::<4>() {
             let length = u32::from_le_bytes(*length) as usize;
             let Some(record) = tail.get(..length) else { return Err(Malformed::Body) };
-            let Some(id) = record.get(8).map(|id| usize::from(*id)) else { return Err(Malformed::Body) };
+            let Some(id) = record.get(9).map(|id| usize::from(*id)) else { return Err(Malformed::Body) };
             let is_whole = match id {
-                0 => record.len() >= 9 + UUID,
-                _ => record.get(9..9 + id).is_some_and(|id| std::str::from_utf8(id).is_ok()),
+                0 => record.len() >= 10 + UUID,
+                _ => record.get(10..10 + id).is_some_and(|id| std::str::from_utf8(id).is_ok()),
             };
             if !is_whole {
                 return Err(Malformed::Body);
@@ -203,10 +233,10 @@ mod tests {
         for id in [EventId::random(), EventId::new("17").unwrap(), EventId::new("é".repeat(127)).unwrap()] {
             let created_at = pubsub_core::Timestamp::from_millis(-5).unwrap();
             let event = Event::stamped(id.clone(), "t", created_at).with_data(7);
-            let stored = Stored::of(&event, 10).unwrap();
+            let stored = Stored::of(&event, 10, false).unwrap();
             assert_eq!((event_id(&stored.id()), stored.created_at()), (id, -5));
             assert_eq!(stored.json(), wire::encode(&event).unwrap());
-            assert!(Stored::of(&event, 0).is_err());
+            assert!(Stored::of(&event, 0, false).is_err());
         }
     }
 

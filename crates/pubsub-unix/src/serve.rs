@@ -19,6 +19,8 @@ use crate::broker::{Broker, ConnId, Patience};
 use crate::election::{Office, Seat, Standing};
 use crate::files::{Log, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
+use crate::guests;
+use crate::node::guest::Guest;
 use crate::protocol::{FromBroker, VERSION};
 
 /// How often a broker looks whether it still is one.
@@ -31,7 +33,7 @@ const GREETING: Duration = Duration::from_secs(5);
 const MAX_PEERS: usize = 10_000;
 
 /// How much may wait to be written to a peer before nothing more is read from it.
-const FULL: usize = 8 << 20;
+pub(crate) const FULL: usize = 8 << 20;
 
 /// A broker that runs. Dropping it stops it; [`ended`](Self::ended) tells when it is gone.
 pub(crate) struct Serving {
@@ -72,34 +74,38 @@ impl Drop for Serving {
 }
 
 /// What the tasks of a broker share. They run on one thread.
-struct Hub {
-    broker: RefCell<Broker>,
+pub(crate) struct Hub {
+    pub(crate) broker: RefCell<Broker>,
     conns: RefCell<HashMap<ConnId, Conn>>,
-    busy: Notify,
+    pub(crate) busy: Notify,
     /// Connections that are to be closed when nothing is being sent.
     doomed: RefCell<Vec<ConnId>>,
     epoch: u64,
     user: u32,
     max_peer_bytes: usize,
+    /// How long a peer may take nothing that it is to handle before it is cut off.
+    pub(crate) silent: Duration,
 }
 
 struct Conn {
     out: Rc<Out>,
+    /// What speaks for a TypeScript peer.
+    guest: Option<Rc<RefCell<Guest>>>,
     tasks: Vec<AbortHandle>,
 }
 
 /// What waits to be written to a peer.
 #[derive(Default)]
-struct Out {
-    bytes: RefCell<Vec<u8>>,
-    more: Notify,
+pub(crate) struct Out {
+    pub(crate) bytes: RefCell<Vec<u8>>,
+    pub(crate) more: Notify,
     /// Whether the reader waits for it to become less.
-    less: Notify,
-    writing: Cell<usize>,
+    pub(crate) less: Notify,
+    pub(crate) writing: Cell<usize>,
 }
 
 impl Out {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.bytes.borrow().len() + self.writing.get()
     }
 }
@@ -116,6 +122,7 @@ async fn serve(office: Office, patience: Patience, max_peer_bytes: usize, stop: 
         epoch,
         user: nix::unistd::geteuid().as_raw(),
         max_peer_bytes,
+        silent: Duration::from_millis(patience.silent),
     });
     let accepting = tokio::task::spawn_local(accept(hub.clone(), listener));
     let mut watching = std::pin::pin!(watch_over(&seat, &register, epoch));
@@ -174,7 +181,7 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
                 next += 1;
                 let (hub, conn) = (hub.clone(), next);
                 let task = tokio::task::spawn_local(peer(hub.clone(), conn, stream)).abort_handle();
-                hub.conns.borrow_mut().insert(conn, Conn { out: Rc::default(), tasks: vec![task] });
+                hub.conns.borrow_mut().insert(conn, Conn { out: Rc::default(), guest: None, tasks: vec![task] });
             }
             Err(error) => {
                 tracing::warn!(%error, "a broker cannot accept"); // no descriptors left, most likely
@@ -188,6 +195,20 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
 async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
     let (mut from, mut to) = stream.into_split();
     let mut decoder = Decoder::default();
+    // One that says nothing may be a TypeScript peer, which introduces itself by the first thing it wants.
+    loop {
+        match decoder.is_hello() {
+            Some(true) => break,
+            Some(false) => {
+                if let Err(error) = guests::talk(hub.clone(), conn, from, to, decoder.buffer).await {
+                    tracing::debug!(%error, conn, "a TypeScript peer is gone");
+                }
+                return hub.close(conn);
+            }
+            None if from.read_buf(&mut decoder.buffer).await.is_ok_and(|count| count > 0) => {}
+            None => return hub.close(conn),
+        }
+    }
     let greeted = timeout(GREETING, greet(&hub, conn, &mut from, &mut to, &mut decoder)).await;
     if let Ok(Ok(())) = greeted
         && let Some(out) = hub.start_writing(conn, to)
@@ -231,7 +252,7 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
         while let Some(body) = decoder.next().map_err(malformed)? {
             any = true;
             let reply = hub.broker.borrow_mut().received(conn, body, clock()).map_err(malformed)?;
-            reply.into_iter().for_each(|reply| hub.send(conn, &reply));
+            reply.into_iter().for_each(|reply| hub.send(conn, reply));
         }
         if any {
             hub.busy.notify_one();
@@ -274,21 +295,44 @@ impl Hub {
         {
             tracing::error!(%error, "the log cannot be written anew; it grows on");
         }
-        turn.frames.iter().for_each(|(conn, frame)| self.send(*conn, frame));
+        turn.frames.into_iter().for_each(|(conn, frame)| self.send(conn, frame));
         let doomed = self.doomed.take();
         turn.close.into_iter().chain(doomed).for_each(|conn| self.close(conn));
         Duration::from_millis(turn.next.saturating_sub(now).max(1))
     }
 
-    fn send(&self, conn: ConnId, frame: &FromBroker) {
+    fn send(&self, conn: ConnId, frame: FromBroker) {
+        let guest = self.conns.borrow().get(&conn).and_then(|conn| conn.guest.clone());
+        if let Some(guest) = guest {
+            return self.tell(conn, &guest, frame);
+        }
+        self.put(conn, |out| {
+            if frame::encode(&frame, out).is_err() {
+                self.doomed.borrow_mut().push(conn); // so large an answer would have been refused as a call
+            }
+        });
+    }
+
+    /// Adds to what waits to be written to a peer.
+    pub(crate) fn put(&self, conn: ConnId, add: impl FnOnce(&mut Vec<u8>)) {
         let conns = self.conns.borrow();
         let Some(Conn { out, .. }) = conns.get(&conn) else { return };
-        let encoded = frame::encode(frame, &mut out.bytes.borrow_mut());
-        if encoded.is_err() || out.len() > self.max_peer_bytes {
+        add(&mut out.bytes.borrow_mut());
+        if out.len() > self.max_peer_bytes {
             tracing::warn!(conn, "a peer reads too slowly and is cut off");
             self.doomed.borrow_mut().push(conn);
+            self.busy.notify_one();
         }
         out.more.notify_one();
+        out.less.notify_one(); // a guest may have been answered
+    }
+
+    /// From now on what is for a connection is told to its guest.
+    pub(crate) fn host(&self, conn: ConnId, guest: Rc<RefCell<Guest>>) -> Option<Rc<Out>> {
+        let mut conns = self.conns.borrow_mut();
+        let conn = conns.get_mut(&conn)?;
+        conn.guest = Some(guest);
+        Some(conn.out.clone())
     }
 
     fn start_writing(&self, conn: ConnId, to: OwnedWriteHalf) -> Option<Rc<Out>> {

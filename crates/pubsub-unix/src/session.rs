@@ -113,6 +113,12 @@ impl<C, A> Session<C, A> {
         self.asks.remove(&id).map(|_| ToBroker::Cancel { id })
     }
 
+    /// Takes back questions.
+    pub(crate) fn withdraw(&mut self, is_withdrawn: impl Fn(&A) -> bool) -> Vec<A> {
+        let ids: Vec<u64> = self.asks.iter().filter(|(_, (_, kept))| is_withdrawn(kept)).map(|(id, _)| *id).collect();
+        ids.iter().filter_map(|id| self.asks.remove(id)).map(|(_, kept)| kept).collect()
+    }
+
     /// Asks for deliveries, unless that was asked already.
     pub(crate) fn take(&mut self, seat: Seat, most: u32) -> Option<ToBroker> {
         let member = seat.member;

@@ -8,14 +8,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
-    Capabilities, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus, Groups,
-    LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, StatusWatch,
-    SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
+    Attempts, Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap,
+    GroupStatus, Groups, LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention,
+    Start, StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::builder::{Settings, UnixBuilder};
-use crate::convert::{begin, decode, scope};
+use crate::convert::{begin, scope};
 use crate::leases::UnixLeases;
 use crate::link::{Config, Link};
 use crate::protocol::{Answer, GroupState, NoStart, Place, Query, Reply, Request};
@@ -64,7 +64,13 @@ impl UnixSocketPubSub {
         let timer = Arc::new(Timer::new()?);
         let path = Arc::from(config.paths.socket.as_path());
         let (link, carrier) = Link::connect(config).await?;
-        Ok(Self { remote: Remote::new(link, timer, carrier), settings, path })
+        Ok(Self { remote: Remote::new(link, timer, carrier, settings.envelopes), settings, path })
+    }
+
+    /// What only a broker of ours has.
+    fn check_native(&self, operation: &'static str, topic: &Topic, what: Capability) -> Result<()> {
+        let foreign = self.remote.link.is_foreign();
+        if foreign { Err(Error::unsupported(what).during(operation).on(topic)) } else { Ok(()) }
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
@@ -138,17 +144,23 @@ impl UnixSocketPubSub {
     }
 }
 
-fn capabilities(settings: &Settings) -> Capabilities {
+fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     let mut capabilities = Capabilities::in_process();
     capabilities.reach = Reach::Host;
+    capabilities.publish_waits = false;
+    capabilities.max_payload = Some(settings.max_payload);
+    if foreign {
+        // A broker that is a process of Mastra gives each event out once and keeps nothing.
+        capabilities.attempts = Attempts::Instance;
+        capabilities.keeps_identity = false;
+        return capabilities;
+    }
     capabilities.durability = Durability::ProcessDeath;
     capabilities.retention = Retention::History;
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
     capabilities.deduplication = Deduplication::Window { events: Some(settings.max_events), age: None };
     capabilities.indexed = true;
-    capabilities.publish_waits = false;
-    capabilities.max_payload = Some(settings.max_payload);
     capabilities.leases = Some(Reach::Host);
     capabilities
 }
@@ -156,7 +168,7 @@ fn capabilities(settings: &Settings) -> Capabilities {
 #[async_trait]
 impl PubSub for UnixSocketPubSub {
     fn capabilities(&self) -> Capabilities {
-        capabilities(&self.settings)
+        capabilities(&self.settings, self.remote.link.is_foreign())
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
@@ -166,7 +178,7 @@ impl PubSub for UnixSocketPubSub {
         if options.local_only {
             return self.publish_locally(topic, events, until).await;
         }
-        let pieces = pieces(events, self.settings.max_payload).map_err(refuse)?;
+        let pieces = pieces(events, self.settings.max_payload, self.settings.envelopes).map_err(refuse)?;
         let mut positions = Vec::with_capacity(events.len());
         let mut sent = 0;
         for piece in &pieces {
@@ -219,6 +231,8 @@ impl PubSub for UnixSocketPubSub {
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
+        self.check_open("history", topic)?;
+        self.check_native("history", topic, Capability::History)?;
         let most = u32::try_from(limit.min(PIECE_EVENTS)).unwrap_or(u32::MAX);
         let query = Query::Page { topic: topic.as_str().into(), begin: begin(&from), most };
         let Reply::Page { stretch, floor, head } = self.ask("history", topic, query).await? else {
@@ -231,7 +245,7 @@ impl PubSub for UnixSocketPubSub {
         let generation = stretch.next.generation;
         let entries = stretch.iter().take(limit).filter_map(|(offset, stored)| {
             let place = Place { generation, offset };
-            Some((cursor(offset), Arc::new(decode(&stored, place).ok()?)))
+            Some((cursor(offset), Arc::new(self.remote.read(&stored, place).ok()?)))
         });
         let last = stretch.offsets.iter().take(limit).last();
         let next = last.filter(|last| head.is_some_and(|head| *last < head)).map(cursor);
@@ -239,10 +253,14 @@ impl PubSub for UnixSocketPubSub {
     }
 
     async fn clear_topic(&self, topic: &Topic) -> Result<()> {
+        self.check_open("clear_topic", topic)?;
+        self.check_native("clear_topic", topic, Capability::History)?;
         self.call("clear_topic", topic, Request::Clear { topic: topic.as_str().into() }).await.map(drop)
     }
 
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
+        self.check_open("trim_topic", topic)?;
+        self.check_native("trim_topic", topic, Capability::History)?;
         let request = Request::Trim { topic: topic.as_str().into(), run: filter.run_id, up_to: filter.produced_up_to };
         match self.call("trim_topic", topic, request).await? {
             Answer::Trimmed(count) => Ok(count),
@@ -293,13 +311,13 @@ struct Piece {
 }
 
 /// Writes events, in pieces that travel well: all of them, or none is sent.
-fn pieces(events: &[Arc<Event>], limit: usize) -> Result<Vec<Piece>> {
+fn pieces(events: &[Arc<Event>], limit: usize, tagged: bool) -> Result<Vec<Piece>> {
     let (mut pieces, mut records, mut count) = (Vec::new(), Vec::new(), 0);
     for event in events {
         if count == PIECE_EVENTS || records.len() >= PIECE_BYTES {
             pieces.push(Piece { events: Run::written(std::mem::take(&mut records)), count: std::mem::take(&mut count) });
         }
-        record::write(event, limit, &mut records).map_err(|error| error.on(event.id()))?;
+        record::write(event, limit, tagged, &mut records).map_err(|error| error.on(event.id()))?;
         count += 1;
         // As much for each of the others, which are alike more often than not.
         if count == 1 {

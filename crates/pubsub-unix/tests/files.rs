@@ -157,7 +157,7 @@ async fn a_broker_of_another_kind_keeps_its_socket() {
         listener // it goes on listening
     });
     let inode = fs::metadata(&path).unwrap().ino();
-    let bus = connect(&path).await;
+    let bus = Bus::from(UnixSocketPubSub::builder(&path).native_only(true).connect().await.unwrap());
     assert!(bus.status().wait_for(|status| matches!(status, Status::Failed(_))).await);
     let listener = serving.join().unwrap();
     assert_eq!(fs::metadata(&path).unwrap().ino(), inode);

@@ -110,7 +110,9 @@ mod tests {
 
     #[test]
     fn what_looks_different_is_left_alone() {
-        for text in ["", "2026-01-02T03:04:05Z", "2026-01-02t03:04:05.006Z", "2026-02-30T03:04:05.006Z", "2026-01-02T24:04:05.006Z"] {
+        for text in
+            ["", "2026-01-02T03:04:05Z", "2026-01-02t03:04:05.006Z", "2026-02-30T03:04:05.006Z", "2026-01-02T24:04:05.006Z"]
+        {
             assert_eq!(parse(text.as_bytes()), None, "{text}");
         }
         assert_eq!(parse(b"1970-01-01T00:00:00.001Z"), Some(1));

@@ -16,13 +16,13 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use self::clients::Clients;
-use self::group::Seated;
 pub(crate) use self::group::HandedOver;
+use self::group::Seated;
 use self::leases::Leases;
 use self::topic::Topic;
 use crate::protocol::{
-    Answer, Begin, Call, ClientId, GroupState, NoStart, Offsets, Place, Query, Reply, Request, Seat, Settling, Stretch, Take,
-    ToBroker, What,
+    Answer, Begin, Call, ClientId, FOREIGN, GroupState, NoStart, Offsets, Place, Query, Reply, Request, Seat, Settling,
+    Stretch, Take, ToBroker, What,
 };
 use crate::record::Run;
 
@@ -85,6 +85,17 @@ impl Ledger {
             clients: Clients::default(),
             dirty: HashSet::default(),
         }
+    }
+
+    /// What an instance keeps for itself while a TypeScript peer is the broker: of generations that no other ledger has.
+    pub(crate) fn foreign(limits: Limits) -> Self {
+        let generations = FOREIGN | u64::from(fastrand::u32(..)) << 24;
+        Self { generations, ..Self::new(fastrand::u64(..), limits) }
+    }
+
+    /// Takes in events that another broker has given out: they are here, whatever has to go for them.
+    pub(crate) fn take_in(&mut self, topic: &SmolStr, events: &Run) {
+        self.publish(topic, events);
     }
 
     /// Makes the indices that are not written down, for a ledger that was read.

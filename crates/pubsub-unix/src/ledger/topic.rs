@@ -202,7 +202,8 @@ impl Topic {
     pub(super) fn trim(&mut self, run: &str, up_to: Option<i64>) -> (u64, u64) {
         let mut filter = TrimFilter::run(run);
         filter.produced_up_to = up_to;
-        let goes = |stored: &Stored| wire::decode(&stored.shared_json(), None).is_ok_and(|decoded| filter.matches(&decoded.event));
+        let goes =
+            |stored: &Stored| wire::decode(&stored.shared_json(), None).is_ok_and(|decoded| filter.matches(&decoded.event));
         let (mut count, mut bytes) = (0, 0);
         for slot in &mut self.events {
             if let Some(gone) = slot.take_if(|stored| goes(stored)) {
