@@ -18,9 +18,7 @@ const IN_FLIGHT: usize = 4096;
 
 pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
     let runtime = super::runtime()?;
-    // Publishers do not wait for fan-out: what a round publishes has to find room in the log, or readers would lose some of it.
-    let bus = UnixSocketPubSub::builder(&spec.address).max_events(1 << 20).max_bytes(1 << 30).connect();
-    let _bus = runtime.block_on(bus)?;
+    let _bus = runtime.block_on(UnixSocketPubSub::connect(&spec.address))?;
     child::say("ready");
     // The broker has a thread of its own; the runtime carries this instance's connection.
     std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
@@ -32,13 +30,16 @@ pub(crate) fn receive(spec: &Spec) -> Result<(), BoxError> {
     super::runtime()?.block_on(async {
         let bus = Bus::from(UnixSocketPubSub::connect(&spec.address).await?);
         let mut subscription = match spec.group {
-            0 => bus.subscribe(topic()).await?,
-            _ => bus.subscribe_group(topic(), "workers").await?,
+            false => bus.subscribe(topic()).await?,
+            true => bus.subscribe_group(topic(), "workers").await?,
         };
-        let tally = Tally::default();
+        let tally = Tally::of(spec);
         tally.start();
         while let Some(delivery) = subscription.next().await {
             let delivery = delivery?;
+            if delivery.lagged() > 0 {
+                return Err("some were lost".into());
+            }
             tally.add(read(delivery.event())?);
             drop(delivery.done());
         }

@@ -35,6 +35,9 @@ const MAX_PEERS: usize = 10_000;
 /// How much may wait to be written to a peer before nothing more is read from it.
 pub(crate) const FULL: usize = 8 << 20;
 
+/// How much of a buffer is kept for what is written next.
+const KEPT_BUFFER: usize = 1 << 20;
+
 /// A broker that runs. Dropping it stops it; [`ended`](Self::ended) tells when it is gone.
 pub(crate) struct Serving {
     stop: Arc<Notify>,
@@ -102,9 +105,22 @@ pub(crate) struct Out {
     /// Whether the reader waits for it to become less.
     pub(crate) less: Notify,
     pub(crate) writing: Cell<usize>,
+    /// Where to, once it is to be written by us.
+    to: RefCell<Option<Rc<OwnedWriteHalf>>>,
 }
 
 impl Out {
+    /// Writes what the peer takes now; the rest is for the task.
+    fn write_now(&self) {
+        let to = self.to.borrow();
+        let Some(to) = to.as_ref().filter(|_| self.writing.get() == 0) else { return };
+        let mut bytes = self.bytes.borrow_mut();
+        if let Ok(written) = to.try_write(&bytes) {
+            bytes.drain(..written);
+            bytes.shrink_to(KEPT_BUFFER);
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.bytes.borrow().len() + self.writing.get()
     }
@@ -269,17 +285,26 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
     }
 }
 
-async fn write(out: Rc<Out>, mut to: OwnedWriteHalf) {
+/// Writes what a turn could not write at once.
+async fn write(out: Rc<Out>, to: Rc<OwnedWriteHalf>) {
+    let mut bytes = Vec::new();
     loop {
-        let bytes = std::mem::take(&mut *out.bytes.borrow_mut());
+        std::mem::swap(&mut bytes, &mut *out.bytes.borrow_mut());
         if bytes.is_empty() {
             out.more.notified().await;
             continue;
         }
         out.writing.set(bytes.len());
-        if to.write_all(&bytes).await.is_err() {
-            return; // the reader finds out, too
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            match to.try_write(rest) {
+                Ok(count) if count > 0 => rest = &rest[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && to.writable().await.is_ok() => {}
+                Ok(_) | Err(_) => return, // the reader finds out, too
+            }
         }
+        bytes.clear();
+        bytes.shrink_to(KEPT_BUFFER);
         out.writing.set(0);
         out.less.notify_one();
     }
@@ -295,7 +320,13 @@ impl Hub {
         {
             tracing::error!(%error, "the log cannot be written anew; it grows on");
         }
+        let mut told: Vec<ConnId> = turn.frames.iter().map(|(conn, _)| *conn).collect();
         turn.frames.into_iter().for_each(|(conn, frame)| self.send(conn, frame));
+        told.sort_unstable();
+        told.dedup();
+        let conns = self.conns.borrow();
+        told.iter().filter_map(|conn| conns.get(conn)).for_each(|conn| conn.out.write_now());
+        drop(conns);
         let doomed = self.doomed.take();
         turn.close.into_iter().chain(doomed).for_each(|conn| self.close(conn));
         Duration::from_millis(turn.next.saturating_sub(now).max(1))
@@ -338,6 +369,8 @@ impl Hub {
     fn start_writing(&self, conn: ConnId, to: OwnedWriteHalf) -> Option<Rc<Out>> {
         let mut conns = self.conns.borrow_mut();
         let conn = conns.get_mut(&conn)?;
+        let to = Rc::new(to);
+        *conn.out.to.borrow_mut() = Some(to.clone());
         conn.tasks.push(tokio::task::spawn_local(write(conn.out.clone(), to)).abort_handle());
         Some(conn.out.clone())
     }
@@ -345,7 +378,10 @@ impl Hub {
     fn close(&self, conn: ConnId) {
         self.broker.borrow_mut().lost(conn, clock());
         let conn = self.conns.borrow_mut().remove(&conn);
-        conn.into_iter().flat_map(|conn| conn.tasks).for_each(|task| task.abort());
+        if let Some(conn) = conn {
+            conn.out.to.take(); // the last of it closes the connection
+            conn.tasks.iter().for_each(AbortHandle::abort);
+        }
         self.busy.notify_one();
     }
 }
