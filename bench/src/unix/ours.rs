@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use pubsub_core::{BoxError, Bus, Event, Positions, PublishError, PublishOptions, Topic};
+use pubsub_core::{BoxError, Bus, Event, Group, Positions, PublishError, PublishOptions, SubscribeOptions, Topic};
 use pubsub_unix::UnixSocketPubSub;
 
 use super::child::{self, Send, Tally};
@@ -13,8 +13,11 @@ use super::spec::{Role, Spec};
 use crate::event::read;
 use crate::memory::parties::topic;
 
+/// How many events a subscriber reads ahead.
+const PREFETCH: usize = 1024;
+
 /// How many events may be on their way at once.
-const IN_FLIGHT: usize = 4096;
+const IN_FLIGHT: usize = 1024;
 
 pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
     let runtime = super::runtime()?;
@@ -29,10 +32,8 @@ pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
 pub(crate) fn receive(spec: &Spec) -> Result<(), BoxError> {
     super::runtime()?.block_on(async {
         let bus = Bus::from(UnixSocketPubSub::connect(&spec.address).await?);
-        let mut subscription = match spec.group {
-            false => bus.subscribe(topic()).await?,
-            true => bus.subscribe_group(topic(), "workers").await?,
-        };
+        let options = if spec.group { SubscribeOptions::group(Group::new("workers")?) } else { SubscribeOptions::fan_out() };
+        let mut subscription = bus.subscribe_with(topic(), options.prefetch(PREFETCH)).await?;
         let tally = Tally::of(spec);
         tally.start();
         while let Some(delivery) = subscription.next().await {

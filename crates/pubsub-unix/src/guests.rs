@@ -9,7 +9,6 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use pubsub_core::Timestamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
@@ -18,6 +17,7 @@ use crate::files::clock;
 use crate::frame;
 use crate::node::guest::Guest;
 use crate::node::lines::{Lines, Stamp};
+use crate::pipe::{Incoming, Outgoing};
 use crate::protocol::FromBroker;
 use crate::serve::{FULL, Hub, Out};
 
@@ -32,8 +32,8 @@ fn stamp() -> Stamp {
 pub(crate) async fn talk(
     hub: Rc<Hub>,
     conn: ConnId,
-    mut from: OwnedReadHalf,
-    to: OwnedWriteHalf,
+    mut from: Incoming,
+    to: Outgoing,
     said: BytesMut,
 ) -> io::Result<()> {
     let client = fastrand::u64(..);
@@ -54,7 +54,7 @@ async fn read(
     conn: ConnId,
     guest: &RefCell<Guest>,
     out: &Out,
-    from: &mut OwnedReadHalf,
+    from: &mut Incoming,
     said: BytesMut,
 ) -> io::Result<()> {
     let mut lines = Lines::over(said);
@@ -86,7 +86,7 @@ async fn read(
     }
 }
 
-async fn write(hub: &Hub, conn: ConnId, guest: &RefCell<Guest>, out: &Out, mut to: OwnedWriteHalf) -> io::Result<()> {
+async fn write(hub: &Hub, conn: ConnId, guest: &RefCell<Guest>, out: &Out, mut to: Outgoing) -> io::Result<()> {
     loop {
         let bytes = std::mem::take(&mut *out.bytes.borrow_mut());
         if bytes.is_empty() {

@@ -95,6 +95,7 @@ mod ledger;
 mod link;
 mod member;
 mod node;
+mod pipe;
 mod protocol;
 mod reader;
 mod record;

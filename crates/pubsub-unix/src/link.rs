@@ -11,7 +11,6 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use pubsub_core::{Error, Receipt, Result, Settled, Status, Topic};
 use smol_str::SmolStr;
-use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -21,6 +20,7 @@ use crate::files::Paths;
 use crate::frame;
 use crate::ledger::Limits;
 use crate::member::Member;
+use crate::pipe::Outgoing;
 use crate::protocol::{Answer, FromBroker, Place, Query, Reply, Request, Seat, Settling, ToBroker, What};
 use crate::reader::Reader;
 use crate::session::{Heard, Session};
@@ -108,7 +108,7 @@ struct State {
     /// Frames to be written, while there is a broker.
     out: Vec<u8>,
     /// The connection, for what is written at once.
-    stream: Option<Arc<OwnedWriteHalf>>,
+    stream: Option<Arc<Outgoing>>,
     /// Whether the task is writing.
     writing: bool,
     connected: bool,

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use foldhash::HashMap;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
@@ -21,6 +20,7 @@ use crate::files::{Log, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::guests;
 use crate::node::guest::Guest;
+use crate::pipe::{self, Incoming, Outgoing};
 use crate::protocol::{FromBroker, VERSION};
 
 /// How often a broker looks whether it still is one.
@@ -106,7 +106,7 @@ pub(crate) struct Out {
     pub(crate) less: Notify,
     pub(crate) writing: Cell<usize>,
     /// Where to, once it is to be written by us.
-    to: RefCell<Option<Rc<OwnedWriteHalf>>>,
+    to: RefCell<Option<Rc<Outgoing>>>,
 }
 
 impl Out {
@@ -209,7 +209,7 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
 
 /// One connection, from its greeting to its end.
 async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
-    let (mut from, mut to) = stream.into_split();
+    let Ok((mut from, mut to)) = stream.into_std().and_then(pipe::split) else { return hub.close(conn) };
     let mut decoder = Decoder::default();
     // One that says nothing may be a TypeScript peer, which introduces itself by the first thing it wants.
     loop {
@@ -238,8 +238,8 @@ async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
 async fn greet(
     hub: &Hub,
     conn: ConnId,
-    from: &mut OwnedReadHalf,
-    to: &mut OwnedWriteHalf,
+    from: &mut Incoming,
+    to: &mut Outgoing,
     decoder: &mut Decoder,
 ) -> io::Result<()> {
     let refuse = || io::Error::new(io::ErrorKind::InvalidData, "no greeting of ours");
@@ -261,7 +261,7 @@ async fn greet(
     Ok(())
 }
 
-async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut Decoder, out: &Out) -> io::Result<()> {
+async fn read(hub: &Hub, conn: ConnId, from: &mut Incoming, decoder: &mut Decoder, out: &Out) -> io::Result<()> {
     let malformed = |why| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
     loop {
         let mut any = false;
@@ -286,7 +286,7 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
 }
 
 /// Writes what a turn could not write at once.
-async fn write(out: Rc<Out>, to: Rc<OwnedWriteHalf>) {
+async fn write(out: Rc<Out>, to: Rc<Outgoing>) {
     let mut bytes = Vec::new();
     loop {
         std::mem::swap(&mut bytes, &mut *out.bytes.borrow_mut());
@@ -295,13 +295,8 @@ async fn write(out: Rc<Out>, to: Rc<OwnedWriteHalf>) {
             continue;
         }
         out.writing.set(bytes.len());
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            match to.try_write(rest) {
-                Ok(count) if count > 0 => rest = &rest[count..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && to.writable().await.is_ok() => {}
-                Ok(_) | Err(_) => return, // the reader finds out, too
-            }
+        if to.write_whole(&bytes).await.is_err() {
+            return; // the reader finds out, too
         }
         bytes.clear();
         bytes.shrink_to(KEPT_BUFFER);
@@ -366,7 +361,7 @@ impl Hub {
         Some(conn.out.clone())
     }
 
-    fn start_writing(&self, conn: ConnId, to: OwnedWriteHalf) -> Option<Rc<Out>> {
+    fn start_writing(&self, conn: ConnId, to: Outgoing) -> Option<Rc<Out>> {
         let mut conns = self.conns.borrow_mut();
         let conn = conns.get_mut(&conn)?;
         let to = Rc::new(to);

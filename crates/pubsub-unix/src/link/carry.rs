@@ -1,13 +1,12 @@
 //! The task that finds the broker, or becomes it, and carries what a link has to say.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use pubsub_core::{Error, ErrorKind, Status};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
@@ -18,6 +17,7 @@ use crate::election::{Found, find};
 use crate::files::{Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::node::host::Host;
+use crate::pipe::{self, Outgoing};
 use crate::protocol::{ToBroker, VERSION};
 use crate::serve::Serving;
 
@@ -59,12 +59,11 @@ impl Line {
             tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
         match found {
             Found::Broker(stream) => {
-                stream.set_nonblocking(true)?;
-                UnixStream::from_std(stream).map(Some)
+                Ok(Some(stream))
             }
             Found::Elected(office) => {
                 self.serving = Some(Serving::start(*office, patience, max_peer_bytes)?);
-                UnixStream::connect(&self.config.paths.socket).await.map(Some)
+                UnixStream::connect(&self.config.paths.socket).map(Some) // it listens already
             }
             Found::Busy => Ok(None),
         }
@@ -136,7 +135,7 @@ pub(super) async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: 
 /// Talks with a broker until the connection breaks or the epoch changes. Returns whether it was welcome. When the instance ends
 /// this is dropped; what it had to say was said before, by `last_words`.
 async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
-    let (mut from, mut to) = stream.into_split();
+    let (mut from, mut to) = pipe::split(stream)?;
     let Some(link) = line.link.upgrade() else { return Ok(false) };
     let tongue = line.config.tongue;
     let (client, session) = {
@@ -185,7 +184,7 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
 struct Lent<'a>(&'a Link);
 
 impl<'a> Lent<'a> {
-    fn new(link: &'a Link, stream: Arc<OwnedWriteHalf>) -> Self {
+    fn new(link: &'a Link, stream: Arc<Outgoing>) -> Self {
         link.state.lock().stream = Some(stream);
         Self(link)
     }
@@ -266,7 +265,7 @@ async fn read(
     }
 }
 
-async fn write(link: &Link, to: &OwnedWriteHalf) -> io::Result<()> {
+async fn write(link: &Link, to: &Outgoing) -> io::Result<()> {
     let mut bytes = Vec::new();
     loop {
         bytes.clear();
@@ -281,15 +280,7 @@ async fn write(link: &Link, to: &OwnedWriteHalf) -> io::Result<()> {
             link.more.notified().await;
             continue;
         }
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            match to.try_write(rest) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => rest = &rest[count..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
-                Err(error) => return Err(error),
-            }
-        }
+        to.write_whole(&bytes).await?;
         link.less.notify_waiters();
     }
 }
