@@ -51,6 +51,9 @@ function build(description) {
   throw new Error(`cannot build ${kind}`);
 }
 
+// A subscribe whose connection ends while it is being sent is rejected before anybody waits for it, which would end the process.
+process.on('unhandledRejection', (error) => console.error(`a rejection that nobody waited for: ${error}`));
+
 const say = (what) => process.stdout.write(`${JSON.stringify(what)}\n`);
 const subscriptions = new Map();
 

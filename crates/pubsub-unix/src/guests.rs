@@ -7,11 +7,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use pubsub_core::Timestamp;
+use pubsub_core::{EventId, Timestamp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{sleep, timeout};
-use uuid::Uuid;
 
 use crate::broker::ConnId;
 use crate::files::clock;
@@ -25,7 +24,7 @@ use crate::serve::{FULL, Hub, Out};
 const RETRY: Duration = Duration::from_millis(5);
 
 fn stamp() -> Stamp {
-    Stamp { id: Uuid::new_v4(), created_at: Timestamp::now() }
+    Stamp { id: EventId::random(), created_at: Timestamp::now() }
 }
 
 /// Talks with a TypeScript peer until its connection ends.

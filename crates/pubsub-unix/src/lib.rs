@@ -86,6 +86,7 @@ mod broker;
 mod builder;
 mod convert;
 mod election;
+mod entry;
 mod files;
 mod frame;
 mod guests;
@@ -107,6 +108,8 @@ mod unix;
 #[doc(hidden)]
 pub mod fuzz;
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod model;
 

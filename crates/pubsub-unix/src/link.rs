@@ -21,6 +21,7 @@ use tokio::time::{sleep, timeout};
 use crate::abroad::{self, CLOSING};
 use crate::broker::{PING, Patience};
 use crate::election::{Found, find};
+use crate::entry::Entry;
 use crate::files::{Paths, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::ledger::Limits;
@@ -68,6 +69,7 @@ pub(crate) const MAX_OUT: usize = 16 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) paths: Paths,
+    pub(crate) entry: Entry,
     pub(crate) limits: Limits,
     pub(crate) patience: Patience,
     pub(crate) max_peer_bytes: usize,
@@ -186,6 +188,11 @@ impl Link {
         // What the instance can do depends on who the broker is.
         let known = |status: &Status| !matches!(status, Status::Reconnecting { .. });
         let _ = timeout(FIRST, link.status.subscribe().wait_for(known)).await; // without a broker it goes on looking
+        if let Status::Failed(error) = &*link.status.borrow()
+            && matches!(error.kind(), ErrorKind::Denied)
+        {
+            return Err(Error::new(ErrorKind::Denied).during("connect").caused_by(error.to_string()));
+        }
         Ok((link, Carrier { task, end }))
     }
 
@@ -551,17 +558,23 @@ struct Line {
 impl Line {
     /// Finds the broker or becomes it. None: somebody else is becoming it.
     async fn find(&mut self) -> io::Result<Option<UnixStream>> {
-        let Config { paths, limits, patience, max_peer_bytes, sync, .. } = self.config.clone();
+        let Config { paths, entry, limits, patience, max_peer_bytes, sync, .. } = self.config.clone();
         let supersede = std::mem::take(&mut self.supersede);
-        let found =
-            tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
+        let found = tokio::task::spawn_blocking(move || find(&paths, &entry, limits, sync, supersede))
+            .await
+            .map_err(io::Error::other)??;
         match found {
             Found::Broker(stream) => {
                 stream.set_nonblocking(true)?;
-                UnixStream::from_std(stream).map(Some)
+                let stream = UnixStream::from_std(stream)?;
+                // In a directory that others may write to, somebody else may have taken the name.
+                if !self.config.entry.trusts(stream.peer_cred()?.uid()) {
+                    return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the broker is another user's process"));
+                }
+                Ok(Some(stream))
             }
             Found::Elected(office) => {
-                self.serving = Some(Serving::start(*office, patience, max_peer_bytes)?);
+                self.serving = Some(Serving::start(*office, self.config.entry.clone(), patience, max_peer_bytes)?);
                 UnixStream::connect(&self.config.paths.socket).await.map(Some)
             }
             Found::Busy => Ok(None),
@@ -582,7 +595,9 @@ async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Re
                 tokio::select! {
                     talked = &mut talking => match talked {
                         Ok(true) => pause = Duration::ZERO,
-                        Err(error) if error.kind() == io::ErrorKind::InvalidData => foreign = Some(error),
+                        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::PermissionDenied) => {
+                            foreign = Some(error);
+                        }
                         Ok(false) | Err(_) => {}
                     },
                     _ = &mut ended => {
@@ -652,7 +667,10 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
             let host = line.host.get_or_insert_with(|| Host::new(client, limits, patience, clock()));
             host.connected(session, clock());
             link.resume();
-            abroad::talk(&link, host, &mut from, &mut to, decoder.buffer).await?;
+            let name = || crate::election::inode(&line.config.paths);
+            let named = name();
+            let is_named = || named.is_some() && name() == named;
+            abroad::talk(&link, host, &mut from, &mut to, decoder.buffer, is_named).await?;
             return Ok(true);
         }
         Ok(Ok(Welcome::Foreign)) => return Err(foreign()),
@@ -662,7 +680,7 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
             return Ok(false);
         }
     };
-    let register = Register::open(&line.config.paths)?;
+    let register = Register::look_at(&line.config.paths, &line.config.entry)?;
     if register.epoch()? != epoch {
         return Ok(false);
     }
@@ -694,6 +712,9 @@ async fn welcome(from: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) 
         match decoder.greeting() {
             Ok(Some(Greeting::Welcome { v: VERSION, epoch })) => return Ok(Welcome::Native(epoch)),
             Ok(Some(Greeting::Subscribed)) => return Ok(Welcome::Foreign),
+            Ok(Some(Greeting::Denied)) => {
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the broker does not serve this user"));
+            }
             Ok(Some(_)) | Err(_) => return Err(foreign()),
             Ok(None) => {}
         }

@@ -139,7 +139,7 @@ impl Guest {
             match said {
                 Said::Publish(topic, event, local_only) => {
                     self.heard_bytes(event.len());
-                    let Some(stored) = stamped(&event, stamp()) else { continue };
+                    let Some(stored) = stamped(&topic, &event, stamp()) else { continue };
                     if local_only {
                         self.echo(&topic, &stored);
                         continue;
@@ -150,7 +150,7 @@ impl Guest {
                         && let Some(Said::Publish(next, event, false)) = self.unheard.front()
                         && *next == topic
                     {
-                        let stored = stamped(event, stamp());
+                        let stored = stamped(&topic, event, stamp());
                         let length = event.len();
                         self.unheard.pop_front();
                         self.heard_bytes(length);

@@ -128,7 +128,7 @@ impl Host {
         let request = match request {
             Request::Publish { topic, events, .. } => {
                 for event in events.iter() {
-                    match offered(&event) {
+                    match offered(&topic, &event) {
                         Some(event) => carry("publish", &topic, None, &event, &mut self.lines),
                         None => tracing::warn!(%topic, "an event that TypeScript peers could not read is not published"),
                     }
@@ -156,7 +156,7 @@ impl Host {
                 for settling in &mut settled {
                     if let What::Bury(letter) = &mut settling.what
                         && let Some((topic, letter)) = letter.take()
-                        && let Some(event) = offered(&letter)
+                        && let Some(event) = offered(&topic, &letter)
                     {
                         carry("publish", &topic, None, &event, &mut self.lines);
                         letters = true;
@@ -245,7 +245,7 @@ impl Host {
                 waiting.iter().for_each(|frame| self.say(frame, clock));
             }
             Some(Said::Event(topic, group, event)) => {
-                let Some(stored) = delivered(&event) else {
+                let Some(stored) = delivered(&topic, &event) else {
                     tracing::warn!(%topic, "what is no event is passed over");
                     return;
                 };
