@@ -146,6 +146,7 @@ fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     if foreign {
         // A broker that is a process of Mastra gives each event out once and keeps nothing.
         capabilities.attempts = Attempts::Instance;
+        capabilities.deduplication = Deduplication::Retained { events: Some(settings.max_events), age: None };
         capabilities.keeps_identity = false;
         return capabilities;
     }
