@@ -1,6 +1,8 @@
 //! A process of a round, seen from within.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
 use pubsub_core::{BoxError, Event};
+use tokio::net::UnixDatagram;
 
 use super::spec::{Role, Spec, TICK};
 use super::{ours, raw};
@@ -38,6 +41,7 @@ pub(crate) trait Send {
 
 /// Publishes as the role says, once it is told to go, and says how many.
 pub(crate) async fn publish(spec: &Spec, mut to: impl Send) -> Result<(), BoxError> {
+    let mut progress = Progress::of(spec)?;
     say("ready");
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
@@ -46,6 +50,7 @@ pub(crate) async fn publish(spec: &Spec, mut to: impl Send) -> Result<(), BoxErr
         Role::Publish { seconds, batch } => {
             let until = Instant::now() + Duration::from_secs_f64(seconds);
             while Instant::now() < until {
+                progress.until_within_reach(published).await?;
                 to.send((0..batch as u64).map(|more| build_of(published + more, spec.size)).collect()).await?;
                 published += batch as u64;
             }
@@ -66,12 +71,58 @@ pub(crate) async fn publish(spec: &Spec, mut to: impl Send) -> Result<(), BoxErr
     Ok(())
 }
 
+/// How far a publisher may be ahead of who reads slowest, in bytes of payload and in events: a bus that keeps what fan-out has not
+/// read, within a bound, lets it run on, and a process that copies does not.
+const REACH_BYTES: u64 = 64 << 20;
+const REACH: u64 = 4096;
+
+/// How often a receiver says how far it is.
+const STEP: u64 = REACH / 16;
+
+/// Where receivers say how far they are: the same for all parties, and beside what is measured.
+struct Progress {
+    socket: Option<UnixDatagram>,
+    read: BTreeMap<u32, u64>,
+    receivers: usize,
+    reach: u64,
+}
+
+fn progress_of(spec: &Spec) -> PathBuf {
+    spec.address.with_extension("progress")
+}
+
+impl Progress {
+    fn of(spec: &Spec) -> std::io::Result<Self> {
+        // A group's members push back by themselves.
+        let socket = if spec.group { None } else { Some(UnixDatagram::bind(progress_of(spec))?) };
+        let reach = REACH.min(REACH_BYTES / spec.size as u64);
+        Ok(Self { socket, read: BTreeMap::new(), receivers: spec.receivers, reach })
+    }
+
+    async fn until_within_reach(&mut self, published: u64) -> std::io::Result<()> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        loop {
+            let slowest = if self.read.len() < self.receivers { 0 } else { self.read.values().copied().min().unwrap_or(0) };
+            if published < slowest + self.reach {
+                return Ok(());
+            }
+            let mut said = [0; 12];
+            socket.recv(&mut said).await?;
+            let (who, read) = said.split_at(4);
+            let read = u64::from_le_bytes(read.try_into().expect("eight bytes"));
+            self.read.insert(u32::from_le_bytes(who.try_into().expect("four bytes")), read);
+        }
+    }
+}
+
 /// What a receiver has read.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Tally(Arc<Read>);
 
-#[derive(Default)]
 struct Read {
+    /// To the publisher; none for a member of a group.
+    progress: Option<(std::os::unix::net::UnixDatagram, PathBuf)>,
+    step: u64,
     count: AtomicU64,
     /// At a steady pace: when each was published, and when read.
     times: Mutex<Vec<(u64, u64)>>,
@@ -81,6 +132,13 @@ struct Read {
 const COUNTED: u64 = 1 << 40;
 
 impl Tally {
+    pub(crate) fn of(spec: &Spec) -> Self {
+        let socket = || std::os::unix::net::UnixDatagram::unbound().expect("sockets can be made");
+        let progress = (!spec.group).then(|| (socket(), progress_of(spec)));
+        let step = STEP.min(REACH_BYTES / spec.size as u64 / 16);
+        Self(Arc::new(Read { progress, step, count: AtomicU64::new(0), times: Mutex::default() }))
+    }
+
     /// Says that this is ready, and from now on answers questions. Ends the process when nobody asks any more.
     pub(crate) fn start(&self) {
         let read = self.0.clone();
@@ -103,7 +161,14 @@ impl Tally {
             self.0.times.lock().push((number, nanos()));
         }
         // One reader: one writer.
-        self.0.count.store(self.0.count.load(Ordering::Relaxed) + 1, Ordering::Release);
+        let count = self.0.count.load(Ordering::Relaxed) + 1;
+        self.0.count.store(count, Ordering::Release);
+        if count.is_multiple_of(self.0.step)
+            && let Some((socket, publisher)) = &self.0.progress
+        {
+            let said = [&std::process::id().to_le_bytes()[..], &count.to_le_bytes()].concat();
+            let _ = socket.send_to(&said, publisher); // it may have ended
+        }
     }
 }
 

@@ -46,11 +46,11 @@ pub(crate) fn contests() -> Vec<Contest> {
         |receivers, group, batch, size| both(move |name, time| throughput(name, Load { receivers, group, batch, size }, time));
     let takeover = Party::new(OURS, report::Role::Ours, |_| takeover(OURS));
     vec![
-        contest("1 to 1", Unit::Events, throughput(1, 0, BATCH, 256)),
-        contest("1 to 1, singly", Unit::Events, throughput(1, 0, 1, 256)),
-        contest("1 to 10", Unit::Deliveries, throughput(FAN_OUT, 0, BATCH, 256)),
-        contest("group of 4", Unit::Events, throughput(GROUP, GROUP, BATCH, 256)),
-        contest("64 KiB", Unit::Throughput, throughput(1, 0, 1, 64 << 10)),
+        contest("1 to 1", Unit::Events, throughput(1, false, BATCH, 256)),
+        contest("1 to 1, singly", Unit::Events, throughput(1, false, 1, 256)),
+        contest("1 to 10", Unit::Deliveries, throughput(FAN_OUT, false, BATCH, 256)),
+        contest("group of 4", Unit::Events, throughput(GROUP, true, BATCH, 256)),
+        contest("64 KiB", Unit::Throughput, throughput(1, false, 1, 64 << 10)),
         Contest {
             backend: BACKEND,
             settings: vec![("latency p50", Unit::Microseconds), ("latency p99", Unit::Microseconds)],
@@ -81,7 +81,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 struct Load {
     receivers: usize,
-    group: usize,
+    group: bool,
     batch: usize,
     size: usize,
 }
@@ -154,10 +154,10 @@ struct Cast {
 }
 
 impl Cast {
-    fn start(party: &str, receivers: usize, group: usize, size: usize, publisher: Role) -> Result<Self, BoxError> {
+    fn start(party: &str, receivers: usize, group: bool, size: usize, publisher: Role) -> Result<Self, BoxError> {
         let place = Rc::new(Place::new()?);
         let address = place.0.join("bus.sock");
-        let actor = |role| Actor::start(&Spec { party: party.into(), role, address: address.clone(), group, size });
+        let actor = |role| Actor::start(&Spec { party: party.into(), role, address: address.clone(), receivers, group, size });
         let relay = actor(Role::Relay)?;
         let receivers = (0..receivers).map(|_| actor(Role::Receive)).collect::<Result<_, _>>()?;
         Ok(Self { publisher: actor(publisher)?, receivers, relay, _place: place })
@@ -172,7 +172,7 @@ fn throughput(party: &'static str, load: Load, time: Duration) -> Result<Vec<f64
     let mut cast = Cast::start(party, receivers, group, size, role)?;
     let started = Instant::now();
     let published: u64 = cast.publisher.ask("go", time)?.parse()?;
-    let due = published * if group > 0 { 1 } else { receivers as u64 };
+    let due = published * if group { 1 } else { receivers as u64 };
     loop {
         let mut read = 0;
         for receiver in &mut cast.receivers {
@@ -192,7 +192,7 @@ fn throughput(party: &'static str, load: Load, time: Duration) -> Result<Vec<f64
 
 /// A thousand events a second: the median and the 99th percentile, in microseconds.
 fn latency(party: &'static str) -> Result<Vec<f64>, BoxError> {
-    let mut cast = Cast::start(party, 1, 0, 256, Role::Pace { events: PACED })?;
+    let mut cast = Cast::start(party, 1, false, 256, Role::Pace { events: PACED })?;
     cast.publisher.ask("go", spec::TICK * PACED as u32)?;
     let receiver = &mut cast.receivers[0];
     let until = Instant::now() + PATIENCE;
@@ -207,7 +207,7 @@ fn latency(party: &'static str) -> Result<Vec<f64>, BoxError> {
 
 /// From the kill of the broker until an event arrives that was published after it, at a thousand a second; in microseconds.
 fn takeover(party: &'static str) -> Result<Vec<f64>, BoxError> {
-    let mut cast = Cast::start(party, 1, 0, 256, Role::Pace { events: u64::MAX })?;
+    let mut cast = Cast::start(party, 1, false, 256, Role::Pace { events: u64::MAX })?;
     writeln!(cast.publisher.stdin, "go")?;
     let until = Instant::now() + PATIENCE;
     while cast.receivers[0].ask("count", Duration::ZERO)?.parse::<u64>()? < 100 {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use pubsub_core::{BoxError, Bus, Event, Positions, PublishError, PublishOptions, Topic};
+use pubsub_core::{BoxError, Bus, Event, Group, Positions, PublishError, PublishOptions, SubscribeOptions, Topic};
 use pubsub_unix::UnixSocketPubSub;
 
 use super::child::{self, Send, Tally};
@@ -13,14 +13,15 @@ use super::spec::{Role, Spec};
 use crate::event::read;
 use crate::memory::parties::topic;
 
+/// How many events a subscriber reads ahead.
+const PREFETCH: usize = 1024;
+
 /// How many events may be on their way at once.
 const IN_FLIGHT: usize = 1024;
 
 pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
     let runtime = super::runtime()?;
-    // Publishers do not wait for fan-out: what a round publishes has to find room in the log, or readers would lose some of it.
-    let bus = UnixSocketPubSub::builder(&spec.address).max_events(1 << 20).max_bytes(1 << 30).connect();
-    let _bus = runtime.block_on(bus)?;
+    let _bus = runtime.block_on(UnixSocketPubSub::connect(&spec.address))?;
     child::say("ready");
     // The broker has a thread of its own; the runtime carries this instance's connection.
     std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
@@ -31,14 +32,15 @@ pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
 pub(crate) fn receive(spec: &Spec) -> Result<(), BoxError> {
     super::runtime()?.block_on(async {
         let bus = Bus::from(UnixSocketPubSub::connect(&spec.address).await?);
-        let mut subscription = match spec.group {
-            0 => bus.subscribe(topic()).await?,
-            _ => bus.subscribe_group(topic(), "workers").await?,
-        };
-        let tally = Tally::default();
+        let options = if spec.group { SubscribeOptions::group(Group::new("workers")?) } else { SubscribeOptions::fan_out() };
+        let mut subscription = bus.subscribe_with(topic(), options.prefetch(PREFETCH)).await?;
+        let tally = Tally::of(spec);
         tally.start();
         while let Some(delivery) = subscription.next().await {
             let delivery = delivery?;
+            if delivery.lagged() > 0 {
+                return Err("some were lost".into());
+            }
             tally.add(read(delivery.event())?);
             drop(delivery.done());
         }

@@ -25,7 +25,7 @@ fn connect(spec: &Spec, who: u8) -> io::Result<UnixStream> {
 
 pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
     let listener = UnixListener::bind(&spec.address)?;
-    let group = spec.group > 0;
+    let group = spec.group;
     std::thread::spawn(move || {
         let mut receivers = Vec::new();
         loop {
@@ -77,7 +77,7 @@ fn read_more(from: &mut UnixStream, buffer: &mut BytesMut) -> io::Result<bool> {
 
 pub(crate) fn receive(spec: &Spec) -> Result<(), BoxError> {
     let mut from = connect(spec, RECEIVER)?;
-    let tally = Tally::default();
+    let tally = Tally::of(spec);
     tally.start();
     let mut buffer = BytesMut::new();
     while read_more(&mut from, &mut buffer)? {

@@ -16,8 +16,9 @@ pub(crate) struct Spec {
     pub(crate) role: Role,
     /// The socket's path.
     pub(crate) address: PathBuf,
-    /// How many receivers share the work; 0 if each gets everything.
-    pub(crate) group: usize,
+    pub(crate) receivers: usize,
+    /// Whether they share the work.
+    pub(crate) group: bool,
     /// The payload in each event, in bytes.
     pub(crate) size: usize,
 }

@@ -90,6 +90,11 @@ impl Harness for TonguesHarness {
             "IN-08" => Some("their broker reads and writes events: what looks like an envelope is one from the second time on"),
             _ => None,
         };
+        let above = match property {
+            "META-2" => Some("its broker keeps more than those who speak lines can count on: groups outlive their members"),
+            _ => None,
+        };
+        let always = always.or(above.filter(|_| self.tongues != Tongues::Mastra));
         always.or(below.filter(|_| self.tongues == Tongues::Mastra))
     }
 

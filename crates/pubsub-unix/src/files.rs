@@ -19,8 +19,10 @@ const PRIVATE: usize = 9;
 /// One claim in the register.
 const CLAIM: u64 = 32;
 
-/// How much a log grows before it is written anew as a snapshot.
+/// How much a log grows before it is written anew as a snapshot: so much, and by so many times what the last snapshot had. What is
+/// written twice stays less than what is written once, however much is retained.
 pub(crate) const ROTATE_AT: u64 = 64 << 20;
+const ROTATE_AFTER: u64 = 2;
 
 /// The socket's path, and those of its companions.
 #[derive(Debug, Clone)]
@@ -254,7 +256,7 @@ impl Log {
     }
 
     pub(crate) fn is_long(&self) -> bool {
-        self.length - self.snapshot > ROTATE_AT
+        self.length - self.snapshot > ROTATE_AT.max(ROTATE_AFTER * self.snapshot)
     }
 
     /// Starts anew with a snapshot.

@@ -9,7 +9,6 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use pubsub_core::{EventId, Timestamp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{sleep, timeout};
 
 use crate::broker::ConnId;
@@ -17,6 +16,7 @@ use crate::files::clock;
 use crate::frame;
 use crate::node::guest::Guest;
 use crate::node::lines::{Lines, Stamp};
+use crate::pipe::{Incoming, Outgoing};
 use crate::protocol::FromBroker;
 use crate::serve::{FULL, Hub, Out};
 
@@ -28,13 +28,7 @@ fn stamp() -> Stamp {
 }
 
 /// Talks with a TypeScript peer until its connection ends.
-pub(crate) async fn talk(
-    hub: Rc<Hub>,
-    conn: ConnId,
-    mut from: OwnedReadHalf,
-    to: OwnedWriteHalf,
-    said: BytesMut,
-) -> io::Result<()> {
+pub(crate) async fn talk(hub: Rc<Hub>, conn: ConnId, mut from: Incoming, to: Outgoing, said: BytesMut) -> io::Result<()> {
     let client = fastrand::u64(..);
     let guest = Rc::new(RefCell::new(Guest::new(client)));
     let refused = || io::Error::other("its number is another client's");
@@ -53,7 +47,7 @@ async fn read(
     conn: ConnId,
     guest: &RefCell<Guest>,
     out: &Out,
-    from: &mut OwnedReadHalf,
+    from: &mut Incoming,
     said: BytesMut,
 ) -> io::Result<()> {
     let mut lines = Lines::over(said);
@@ -85,7 +79,7 @@ async fn read(
     }
 }
 
-async fn write(hub: &Hub, conn: ConnId, guest: &RefCell<Guest>, out: &Out, mut to: OwnedWriteHalf) -> io::Result<()> {
+async fn write(hub: &Hub, conn: ConnId, guest: &RefCell<Guest>, out: &Out, mut to: Outgoing) -> io::Result<()> {
     loop {
         let bytes = std::mem::take(&mut *out.bytes.borrow_mut());
         if bytes.is_empty() {

@@ -96,6 +96,7 @@ mod ledger;
 mod link;
 mod member;
 mod node;
+mod pipe;
 mod protocol;
 mod reader;
 mod record;

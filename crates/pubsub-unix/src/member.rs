@@ -1,6 +1,7 @@
 //! A member of a group: what it has taken and not handed over, and what is in its consumer's hands.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use pubsub_core::{
     AckMode, Delivery, Event, Group, Position, Receipt, Result, Scope, Settled, Settlement, Settler, SubscribeOptions,
     SubscriptionStatus, Topic, dead_letter,
 };
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::convert::{letter_of_malformed, scope};
@@ -38,14 +39,16 @@ pub(crate) struct Member {
     options: SubscribeOptions,
     me: Weak<Self>,
     state: Mutex<State>,
-    /// How many are in the consumer's hands.
-    held: watch::Sender<usize>,
+    /// Rings when nothing is in the consumer's hands, for those who wait for it.
+    idle: Notify,
 }
 
 #[derive(Default)]
 struct State {
     taken: VecDeque<Taken>,
     held: InFlight<Held>,
+    /// Whether somebody waits until nothing is held.
+    idle_wanted: bool,
     waker: Option<Waker>,
     /// Whether a take is on its way.
     asked: bool,
@@ -96,7 +99,7 @@ impl Member {
             options,
             me: me.clone(),
             state: Mutex::new(State { window: 1, ..State::default() }),
-            held: watch::Sender::new(0),
+            idle: Notify::new(),
         })
     }
 
@@ -145,7 +148,7 @@ impl Member {
             state.taken.clear();
             let lost: Vec<u64> = state.held.iter().filter(|(_, held)| held.is_remote()).map(|(token, _)| token).collect();
             let lost: Vec<Held> = lost.into_iter().filter_map(|token| state.held.remove(token)).collect();
-            self.held.send_replace(state.held.len());
+            self.ring_if_idle(&mut state);
             if state.ended {
                 return;
             }
@@ -245,9 +248,7 @@ impl Member {
         let is_remote = held.is_remote();
         let token = {
             let mut state = self.state.lock();
-            let token = state.held.insert(held);
-            self.held.send_replace(state.held.len());
-            token
+            state.held.insert(held)
         };
         if is_remote {
             self.arm(Instant::now() + self.options.max_hold);
@@ -274,7 +275,7 @@ impl Member {
             let mut state = self.state.lock();
             let held = state.held.remove(token)?;
             state.settled += 1;
-            self.held.send_replace(state.held.len());
+            self.ring_if_idle(&mut state);
             (held, state.waker.take())
         };
         waker.into_iter().for_each(Waker::wake);
@@ -349,8 +350,26 @@ impl Member {
 
     /// Waits until nothing is in the consumer's hands.
     pub(crate) async fn idle(&self) {
-        // The sender is this very member's.
-        let _ = self.held.subscribe().wait_for(|held| *held == 0).await;
+        loop {
+            let idle = self.idle.notified();
+            let mut idle = pin!(idle);
+            idle.as_mut().enable();
+            {
+                let mut state = self.state.lock();
+                if state.held.len() == 0 {
+                    return;
+                }
+                state.idle_wanted = true;
+            }
+            idle.await;
+        }
+    }
+
+    fn ring_if_idle(&self, state: &mut State) {
+        if state.idle_wanted && state.held.len() == 0 {
+            state.idle_wanted = false;
+            self.idle.notify_waiters();
+        }
     }
 
     /// Waits until the group has nothing queued, held or due, anywhere; for one that has left, until it holds nothing.

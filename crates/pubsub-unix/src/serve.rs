@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use foldhash::HashMap;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
@@ -22,6 +21,7 @@ use crate::files::{Log, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::guests;
 use crate::node::guest::Guest;
+use crate::pipe::{self, Incoming, Outgoing};
 use crate::protocol::{FromBroker, VERSION};
 
 /// How often a broker looks whether it still is one.
@@ -35,6 +35,9 @@ const MAX_PEERS: usize = 10_000;
 
 /// How much may wait to be written to a peer before nothing more is read from it.
 pub(crate) const FULL: usize = 8 << 20;
+
+/// How much of a buffer is kept for what is written next.
+const KEPT_BUFFER: usize = 1 << 20;
 
 /// A broker that runs. Dropping it stops it; [`ended`](Self::ended) tells when it is gone.
 pub(crate) struct Serving {
@@ -103,9 +106,22 @@ pub(crate) struct Out {
     /// Whether the reader waits for it to become less.
     pub(crate) less: Notify,
     pub(crate) writing: Cell<usize>,
+    /// Where to, once it is to be written by us.
+    to: RefCell<Option<Rc<Outgoing>>>,
 }
 
 impl Out {
+    /// Writes what the peer takes now; the rest is for the task.
+    fn write_now(&self) {
+        let to = self.to.borrow();
+        let Some(to) = to.as_ref().filter(|_| self.writing.get() == 0) else { return };
+        let mut bytes = self.bytes.borrow_mut();
+        if let Ok(written) = to.try_write(&bytes) {
+            bytes.drain(..written);
+            bytes.shrink_to(KEPT_BUFFER);
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.bytes.borrow().len() + self.writing.get()
     }
@@ -198,7 +214,7 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
 
 /// One connection, from its greeting to its end.
 async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
-    let (mut from, mut to) = stream.into_split();
+    let Ok((mut from, mut to)) = stream.into_std().and_then(pipe::split) else { return hub.close(conn) };
     let mut decoder = Decoder::default();
     // One that says nothing may be a TypeScript peer, which introduces itself by the first thing it wants.
     loop {
@@ -224,13 +240,7 @@ async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
     hub.close(conn);
 }
 
-async fn greet(
-    hub: &Hub,
-    conn: ConnId,
-    from: &mut OwnedReadHalf,
-    to: &mut OwnedWriteHalf,
-    decoder: &mut Decoder,
-) -> io::Result<()> {
+async fn greet(hub: &Hub, conn: ConnId, from: &mut Incoming, to: &mut Outgoing, decoder: &mut Decoder) -> io::Result<()> {
     let refuse = || io::Error::new(io::ErrorKind::InvalidData, "no greeting of ours");
     let mut lines = Vec::new();
     while lines.len() < 2 {
@@ -250,7 +260,7 @@ async fn greet(
     Ok(())
 }
 
-async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut Decoder, out: &Out) -> io::Result<()> {
+async fn read(hub: &Hub, conn: ConnId, from: &mut Incoming, decoder: &mut Decoder, out: &Out) -> io::Result<()> {
     let malformed = |why| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
     loop {
         let mut any = false;
@@ -261,6 +271,8 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
         }
         if any {
             hub.busy.notify_one();
+            // A turn for what came: who has more to say does not keep the others waiting until all of it is said.
+            tokio::task::yield_now().await;
         }
         while out.len() > FULL {
             out.less.notified().await;
@@ -272,17 +284,21 @@ async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut D
     }
 }
 
-async fn write(out: Rc<Out>, mut to: OwnedWriteHalf) {
+/// Writes what a turn could not write at once.
+async fn write(out: Rc<Out>, to: Rc<Outgoing>) {
+    let mut bytes = Vec::new();
     loop {
-        let bytes = std::mem::take(&mut *out.bytes.borrow_mut());
+        std::mem::swap(&mut bytes, &mut *out.bytes.borrow_mut());
         if bytes.is_empty() {
             out.more.notified().await;
             continue;
         }
         out.writing.set(bytes.len());
-        if to.write_all(&bytes).await.is_err() {
+        if to.write_whole(&bytes).await.is_err() {
             return; // the reader finds out, too
         }
+        bytes.clear();
+        bytes.shrink_to(KEPT_BUFFER);
         out.writing.set(0);
         out.less.notify_one();
     }
@@ -298,7 +314,13 @@ impl Hub {
         {
             tracing::error!(%error, "the log cannot be written anew; it grows on");
         }
+        let mut told: Vec<ConnId> = turn.frames.iter().map(|(conn, _)| *conn).collect();
         turn.frames.into_iter().for_each(|(conn, frame)| self.send(conn, frame));
+        told.sort_unstable();
+        told.dedup();
+        let conns = self.conns.borrow();
+        told.iter().filter_map(|conn| conns.get(conn)).for_each(|conn| conn.out.write_now());
+        drop(conns);
         let doomed = self.doomed.take();
         turn.close.into_iter().chain(doomed).for_each(|conn| self.close(conn));
         Duration::from_millis(turn.next.saturating_sub(now).max(1))
@@ -338,9 +360,11 @@ impl Hub {
         Some(conn.out.clone())
     }
 
-    fn start_writing(&self, conn: ConnId, to: OwnedWriteHalf) -> Option<Rc<Out>> {
+    fn start_writing(&self, conn: ConnId, to: Outgoing) -> Option<Rc<Out>> {
         let mut conns = self.conns.borrow_mut();
         let conn = conns.get_mut(&conn)?;
+        let to = Rc::new(to);
+        *conn.out.to.borrow_mut() = Some(to.clone());
         conn.tasks.push(tokio::task::spawn_local(write(conn.out.clone(), to)).abort_handle());
         Some(conn.out.clone())
     }
@@ -348,7 +372,10 @@ impl Hub {
     fn close(&self, conn: ConnId) {
         self.broker.borrow_mut().lost(conn, clock());
         let conn = self.conns.borrow_mut().remove(&conn);
-        conn.into_iter().flat_map(|conn| conn.tasks).for_each(|task| task.abort());
+        if let Some(conn) = conn {
+            conn.out.to.take(); // the last of it closes the connection
+            conn.tasks.iter().for_each(AbortHandle::abort);
+        }
         self.busy.notify_one();
     }
 }
