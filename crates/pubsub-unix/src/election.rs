@@ -203,3 +203,44 @@ impl Drop for Seat {
         let _ = fs::remove_file(&self.private);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::process::{Command, Stdio};
+
+    use pubsub_core::{Bus, Event};
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::UnixSocketPubSub;
+
+    /// As when the broker's process forked before it was killed: a child has all that it had open, and uses none of it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_lock_and_a_listener_that_outlive_their_broker_in_another_process_stop_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bus");
+        let entry = Entry::default();
+        let paths = Paths::new(&path, &entry).unwrap();
+        let limits = Limits { max_events: 10, max_bytes: 1 << 20 };
+        let Found::Elected(office) = find(&paths, &entry, limits, false, false).unwrap() else {
+            panic!("there is nobody else")
+        };
+        let Office { epoch, register, seat, .. } = *office;
+        let lock = OwnedFd::from(seat._lock.try_clone().unwrap());
+        let listener = OwnedFd::from(seat.listener.try_clone().unwrap());
+        let mut keeper = Command::new("sleep").arg("60").stdin(lock).stdout(listener).stderr(Stdio::null()).spawn().unwrap();
+        std::mem::forget(seat); // who is killed cleans nothing up
+        let served = async {
+            let bus = Bus::from(UnixSocketPubSub::connect(&path).await.unwrap());
+            let mut listener = bus.subscribe("t").await.unwrap();
+            bus.publish("t", Event::new("x")).await.unwrap();
+            futures::StreamExt::next(&mut listener).await.unwrap().unwrap().done();
+            bus.close(Duration::from_secs(1)).await.unwrap();
+        };
+        timeout(Duration::from_secs(15), served).await.expect("another takes over");
+        assert_eq!(register.epoch().unwrap(), epoch + 1);
+        keeper.kill().unwrap();
+        keeper.wait().unwrap();
+    }
+}
