@@ -1,9 +1,13 @@
 // A process of Mastra on the bus: does what it is told in lines on its standard input, and says in lines what comes of it.
 // Usage: node peer.mjs PACKAGE SOCKET, where PACKAGE is the directory of an installed @mastra/core.
 
+import { webcrypto } from 'node:crypto';
 import { createInterface } from 'node:readline';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+
+// Node 18 has it, but not here.
+globalThis.crypto ??= webcrypto;
 
 const [, , directory, socket] = process.argv;
 const events = await import(pathToFileURL(join(directory, 'dist/events/index.js')));

@@ -16,6 +16,8 @@ use tokio::time::timeout;
 
 const CHILD: &str = "PUBSUB_UNIX_ENTRY";
 
+type Body = fn() -> Result<(), Failed>;
+
 /// A user that no file belongs to.
 const NOBODY: u32 = 65534;
 
@@ -28,7 +30,7 @@ fn main() -> ExitCode {
     }
     let root = nix::unistd::geteuid().is_root();
     let why = if root { "" } else { " (needs root, to start processes of another user)" };
-    let trials: [(&str, fn() -> Result<(), Failed>); 4] = [
+    let trials: [(&str, Body); 4] = [
         ("a stranger is not served, and told so", stranger),
         ("a directory that is for its owner alone keeps others out", closed),
         ("users and groups that are admitted are guests", guests),
