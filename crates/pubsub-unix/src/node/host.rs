@@ -109,7 +109,11 @@ impl Host {
             ToBroker::Ask { id, query } => self.ask(id, query, clock),
             // It ends with its connection.
             ToBroker::Bye => {}
-            frame @ (ToBroker::Cancel { .. } | ToBroker::Ping) => self.say(&frame, clock),
+            ToBroker::Cancel { id } => {
+                self.inspected.remove(&id);
+                self.say(&ToBroker::Cancel { id }, clock);
+            }
+            ToBroker::Ping => self.say(&ToBroker::Ping, clock),
         }
         Ok(())
     }
@@ -127,13 +131,14 @@ impl Host {
         let answer = |answer| FromBroker::Answer { number, answer };
         let request = match request {
             Request::Publish { topic, events, .. } => {
-                for event in events.iter() {
-                    match offered(&topic, &event) {
-                        Some(event) => carry("publish", &topic, None, &event, &mut self.lines),
-                        None => tracing::warn!(%topic, "an event that TypeScript peers could not read is not published"),
+                let offered: Option<Vec<_>> = events.iter().map(|event| offered(&topic, &event)).collect();
+                match offered {
+                    Some(events) => {
+                        events.iter().for_each(|event| carry("publish", &topic, None, event, &mut self.lines));
+                        self.said.push(Awaited::Publish(number));
                     }
+                    None => self.frames.push(answer(Answer::Failed("it is nested too deeply to be told in lines".into()))),
                 }
-                self.said.push(Awaited::Publish(number));
                 return;
             }
             // Fan-out: what a topic is followed for.
