@@ -11,8 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use pubsub_core::{
-    Attempts, Capabilities, Closed, Deduplication, Event, LeaseProvider, Page, Positions, PubSub, PublishError, PublishOptions,
-    Reach, Result, Start, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
+    Attempts, Capabilities, Closed, Deduplication, Event, LeaseProvider, LossNotice, Page, Positions, PubSub, PublishError,
+    PublishOptions, Reach, Result, Start, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
 };
 use pubsub_unix::UnixSocketPubSub;
 
@@ -71,6 +71,7 @@ impl Harness for TonguesHarness {
         let mut declared = Capabilities::in_process();
         declared.reach = Reach::Host;
         declared.attempts = Attempts::Instance;
+        declared.loss_notice = LossNotice::Silent;
         declared.publish_waits = false;
         declared.max_payload = Some(16 << 20);
         declared.keeps_identity = false;

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
     Attempts, Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap,
-    GroupStatus, Groups, LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention,
-    Start, StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
+    GroupStatus, Groups, LeaseProvider, LossNotice, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach,
+    Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -146,6 +146,7 @@ fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     if foreign {
         // A broker that is a process of Mastra gives each event out once and keeps nothing.
         capabilities.attempts = Attempts::Instance;
+        capabilities.loss_notice = LossNotice::Silent;
         capabilities.deduplication = Deduplication::Retained { events: Some(settings.max_events), age: None };
         capabilities.keeps_identity = false;
         return capabilities;
