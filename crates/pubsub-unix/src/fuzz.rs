@@ -86,7 +86,9 @@ pub fn lines(data: &[u8]) {
             match lines.next() {
                 Ok(Some(line)) => {
                     comes_back(&line);
-                    guest.hear(&line, stamp);
+                    if guest.hear(&line, stamp).is_err() {
+                        return; // it would be cut off
+                    }
                     host.told(&line, 1);
                 }
                 Ok(None) => break,

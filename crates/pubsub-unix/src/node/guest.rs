@@ -12,7 +12,8 @@ use bytes::Bytes;
 use foldhash::{HashMap, HashMapExt};
 use smol_str::SmolStr;
 
-use super::lines::{Said, Stamp, carry, membership, stamped, told, understand};
+use super::lines::{MAX_EVENT, Said, Stamp, carry, membership, stamped, told, understand};
+use crate::frame::Malformed;
 use crate::protocol::{
     Answer, Begin, ClientId, FromBroker, Handed, Place, Query, Reply, Request, Seat, Settling, ToBroker, What,
 };
@@ -98,12 +99,21 @@ impl Guest {
     }
 
     /// The peer said something.
-    pub(crate) fn hear(&mut self, line: &Bytes, stamp: impl FnMut() -> Stamp) {
+    ///
+    /// # Errors
+    /// If it is an event of more than [`MAX_EVENT`]: the connection is to be closed, since the peer can be told in no other way.
+    pub(crate) fn hear(&mut self, line: &Bytes, stamp: impl FnMut() -> Stamp) -> Result<(), Malformed> {
         if let Some(said) = understand(line) {
+            if let Said::Publish(_, event, _) = &said
+                && event.len() > MAX_EVENT
+            {
+                return Err(Malformed::TooLong(event.len()));
+            }
             self.unheard_bytes += line.len();
             self.unheard.push_back(said);
         }
         self.go_on(stamp);
+        Ok(())
     }
 
     /// Whether so much was said that nothing more is to be read for now.
@@ -366,7 +376,7 @@ mod tests {
         }
 
         fn says(&mut self, guest: usize, line: &str) {
-            self.guests[guest].hear(&Bytes::from(line.to_owned()), stamp);
+            self.guests[guest].hear(&Bytes::from(line.to_owned()), stamp).unwrap();
         }
 
         /// Lets all of them have their say, and returns what each was told.
@@ -399,6 +409,15 @@ mod tests {
 
     fn types(told: &[Value]) -> Vec<&str> {
         told.iter().filter_map(|line| line["event"]["type"].as_str()).collect()
+    }
+
+    #[test]
+    fn an_event_that_would_not_travel_ends_the_connection() {
+        let long = |length: usize| {
+            Bytes::from(format!(r#"{{"type":"publish","topic":"t","event":{{"data":"{}"}}}}"#, "x".repeat(length)))
+        };
+        assert!(Guest::new(1).hear(&long(MAX_EVENT - 100), stamp).is_ok());
+        assert!(matches!(Guest::new(1).hear(&long(MAX_EVENT), stamp), Err(Malformed::TooLong(_))));
     }
 
     #[test]

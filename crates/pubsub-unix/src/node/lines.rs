@@ -11,6 +11,12 @@ use super::text::Json;
 use crate::frame::{MAX_FRAME, Malformed};
 use crate::record::{Stored, event_id};
 
+/// The longest event that a TypeScript peer may publish: one that travels in frames as well, with others.
+pub(crate) const MAX_EVENT: usize = 32 << 20;
+
+/// How much of a line is not its event.
+const WRAPPING: usize = 4096;
+
 /// Cuts a stream of bytes into lines.
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
@@ -281,7 +287,8 @@ fn written(stored: &Stored, attempt: u32, topic: Option<&str>) -> Option<Vec<u8>
         member(STAMP, &serde_json::to_string(&own).expect("plain data is JSON"), &mut event);
     }
     event.push(b'}');
-    Some(event)
+    // A longer line would end the connection of whoever is told it.
+    (event.len() <= MAX_FRAME - WRAPPING).then_some(event)
 }
 
 #[cfg(test)]
