@@ -137,7 +137,9 @@ impl Host {
                         events.iter().for_each(|event| carry("publish", &topic, None, event, &mut self.lines));
                         self.said.push(Awaited::Publish(number));
                     }
-                    None => self.frames.push(answer(Answer::Failed("it is too long, or nested too deeply, to be told in lines".into()))),
+                    None => self
+                        .frames
+                        .push(answer(Answer::Failed("it is too long, or nested too deeply, to be told in lines".into()))),
                 }
                 return;
             }
