@@ -444,7 +444,7 @@ fn answer(job: &str) -> ExitCode {
 }
 
 enum One {
-    Ours(std::process::Child),
+    Ours(Ours),
     Mastra(Peer),
 }
 
@@ -453,7 +453,7 @@ impl One {
         if name.starts_with("ours") {
             let mut command = Command::new(std::env::current_exe()?);
             command.env(ANSWERS, format!("{}|{name}", bench.socket.display())).stdin(Stdio::null());
-            return Ok(Self::Ours(command.spawn()?));
+            return Ok(Self::Ours(Ours(command.spawn()?)));
         }
         let mut peer = bench.mastra().await?;
         peer.begin("answer", json!({"type": name})).await?; // it may have to wait for an election
@@ -462,20 +462,27 @@ impl One {
 
     fn id(&self) -> Option<u32> {
         match self {
-            Self::Ours(child) => Some(child.id()),
+            Self::Ours(child) => Some(child.0.id()),
             Self::Mastra(peer) => peer.id(),
         }
     }
 
     async fn kill(self) -> Outcome {
         match self {
-            Self::Ours(mut child) => {
-                child.kill()?;
-                child.wait()?;
-            }
+            Self::Ours(child) => drop(child),
             Self::Mastra(peer) => peer.kill().await?,
         }
         Ok(())
+    }
+}
+
+/// Another process of this program. Killed when dropped.
+struct Ours(std::process::Child);
+
+impl Drop for Ours {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
