@@ -1,9 +1,13 @@
 // A process of Mastra on the bus: does what it is told in lines on its standard input, and says in lines what comes of it.
 // Usage: node peer.mjs PACKAGE SOCKET, where PACKAGE is the directory of an installed @mastra/core.
 
+import { webcrypto } from 'node:crypto';
 import { createInterface } from 'node:readline';
 import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
+
+// Node 18 has it, but not here.
+globalThis.crypto ??= webcrypto;
 
 const [, , directory, socket] = process.argv;
 const events = await import(pathToFileURL(join(directory, 'dist/events/index.js')));
@@ -50,6 +54,9 @@ function build(description) {
   }
   throw new Error(`cannot build ${kind}`);
 }
+
+// A subscribe whose connection ends while it is being sent is rejected before anybody waits for it, which would end the process.
+process.on('unhandledRejection', (error) => console.error(`a rejection that nobody waited for: ${error}`));
 
 const say = (what) => process.stdout.write(`${JSON.stringify(what)}\n`);
 const subscriptions = new Map();

@@ -10,6 +10,9 @@ use crate::{install, is_required, is_there};
 /// What is installed from npm: the version whose tongue is spoken.
 const PACKAGE: &str = "@mastra/core@1.71.0";
 
+/// The oldest Node that runs what is used of it.
+const OLDEST_NODE: u32 = 18;
+
 /// Installs the package where tests look for it, unless it is there. Without Node that is skipped, unless `PUBSUB_REQUIRE` names
 /// `node`; returns whether there is one.
 pub(crate) fn prepare() -> Outcome<bool> {
@@ -18,6 +21,16 @@ pub(crate) fn prepare() -> Outcome<bool> {
     let missing = ["node", "npm"].into_iter().find(|program| !is_there(program));
     if let Some(program) = missing {
         let why = format!("{program} is not installed");
+        if is_required("node") {
+            return Err(format!("interop: {why}"));
+        }
+        println!("\n=== interop: SKIPPED, {why}");
+        return Ok(false);
+    }
+    let version = step::read(Command::new("node").arg("--version"))?;
+    let major = version.trim().trim_start_matches('v').split('.').next().and_then(|major| major.parse::<u32>().ok());
+    if major.is_none_or(|major| major < OLDEST_NODE) {
+        let why = format!("node is {}, and the package needs {OLDEST_NODE}", version.trim());
         if is_required("node") {
             return Err(format!("interop: {why}"));
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::future::{join, join_all};
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeliveryQueue, Timer};
+use pubsub_core::machinery::{DeliveryQueue, Timer, yield_now_and_then};
 use pubsub_core::{
     Capabilities, Closed, Control, Deduplication, Error, ErrorKind, Event, Fate, LeaseProvider, OnGap, Overflow, Page,
     Positions, PubSub, PublishError, PublishOptions, Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription,
@@ -319,7 +319,7 @@ impl Instance {
         let mut held = options.clone();
         held.filter = None; // the subscription made below filters
         let held = Held::new(held, timer, Arc::new(Letters(self.inner.clone())));
-        let source = Watch::new(watched.clone(), inner, log, sequence, held);
+        let source = Watch::new(watched.clone(), inner.into_source(), log, sequence, held);
         Ok(Subscription::new(topic.clone(), options, Box::new(source), watched))
     }
 
@@ -399,8 +399,7 @@ impl PubSub for CachingPubSub {
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
-        // A publisher that never has to wait must let others run now and then.
-        tokio::task::consume_budget().await;
+        yield_now_and_then().await;
         let instance = &self.0;
         let refused = |error: Error| PublishError::none_sent(error.during("publish").on(topic), events.len());
         instance.check_open("publish", topic).map_err(refused)?;

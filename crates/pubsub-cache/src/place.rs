@@ -36,7 +36,7 @@ impl Scopes {
         let Some(first) = kept.iter().find_map(|event| event.index()) else { return Positions::none() };
         let scope = self.of(topic, Generation::from_index(first.generation));
         let cursor = |event: &Arc<Event>| event.index().map(|place| Cursor::new(scope.clone(), place.index));
-        kept.iter().filter_map(cursor).collect::<Vec<_>>().into()
+        kept.iter().filter_map(cursor).collect()
     }
 }
 

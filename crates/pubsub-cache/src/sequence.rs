@@ -22,8 +22,8 @@ const EARLY: usize = 256;
 pub(crate) struct Ready {
     pub(crate) event: Arc<Event>,
     pub(crate) attempt: u32,
-    /// Where it stands; none if nothing numbered it.
-    pub(crate) place: Option<(Generation, u64)>,
+    /// The history in which it stands at its index; none if nothing numbered it.
+    pub(crate) generation: Option<Generation>,
     /// How many were lost right before it.
     pub(crate) lagged: u64,
 }
@@ -153,7 +153,7 @@ impl Sequence {
         self.lost += self.dropped.came(index);
         if index < self.next {
             if attempt > 1 || self.missing.remove(&index) {
-                self.emit(event, attempt, Some((generation, index)));
+                self.emit(event, attempt, Some(generation));
             }
         } else if index == self.next {
             self.take(event, attempt, index);
@@ -240,7 +240,7 @@ impl Sequence {
         self.next = index + 1;
         // It may have come without a number before.
         if attempt > 1 || !self.strangers.forget(event.id()) {
-            self.emit(event, attempt, self.generation.map(|generation| (generation, index)));
+            self.emit(event, attempt, self.generation);
         }
     }
 
@@ -254,8 +254,8 @@ impl Sequence {
         self.emit(event, attempt, None);
     }
 
-    fn emit(&mut self, event: Arc<Event>, attempt: u32, place: Option<(Generation, u64)>) {
-        self.ready.push_back(Ready { event, attempt, place, lagged: mem::take(&mut self.lost) });
+    fn emit(&mut self, event: Arc<Event>, attempt: u32, generation: Option<Generation>) {
+        self.ready.push_back(Ready { event, attempt, generation, lagged: mem::take(&mut self.lost) });
     }
 
     /// A generation begins, at 0. What was left of the one before is gone, but for what is in hand.

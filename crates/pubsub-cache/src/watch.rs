@@ -1,7 +1,6 @@
 //! A fan-out subscription on a topic that is kept: live events and the log, as one sequence.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -13,10 +12,10 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, InstanceId, Timer};
+use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Indexed, InstanceId, Timer, poll_yield};
 use pubsub_core::{
-    AckMode, Control, Delivery, ErrorKind, Event, Result, Scope, Source, SubscribeOptions, Subscription, SubscriptionHandle,
-    SubscriptionStatus, Topic,
+    AckMode, Control, Delivery, ErrorKind, Event, Result, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
+    Topic,
 };
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -268,14 +267,14 @@ impl fmt::Debug for Watched {
 /// Where a watch's deliveries come from.
 pub(crate) struct Watch {
     shared: Arc<Watched>,
-    inner: Subscription,
+    inner: Box<dyn Source>,
     /// Whether the inner subscription has ended.
     silent: bool,
     log: Log,
     sequence: Sequence,
     /// What is being read.
     reading: Option<(Wanted, BoxFuture<'static, Result<LogPage>>)>,
-    scope: Option<(Generation, Arc<Scope>)>,
+    history: Option<(Generation, Indexed)>,
     /// Whether a complaint was made about numbers of another store.
     complained: bool,
     held: Held,
@@ -286,15 +285,15 @@ pub(crate) struct Held {
     options: SubscribeOptions,
     timer: Arc<Timer>,
     sink: Arc<dyn DeadLetterSink>,
-    member: Option<Subscription>,
+    member: Option<Box<dyn Source>>,
     /// What was put into the queue last and has not come out, and how many were lost right before it.
     put: Option<(Arc<Event>, u64)>,
 }
 
 impl Watch {
-    pub(crate) fn new(shared: Arc<Watched>, inner: Subscription, log: Log, sequence: Sequence, held: Held) -> Self {
+    pub(crate) fn new(shared: Arc<Watched>, inner: Box<dyn Source>, log: Log, sequence: Sequence, held: Held) -> Self {
         shared.set_ahead(sequence.len(), sequence.wants().is_some());
-        Self { shared, inner, silent: false, log, sequence, reading: None, scope: None, complained: false, held }
+        Self { shared, inner, silent: false, log, sequence, reading: None, history: None, complained: false, held }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
@@ -310,19 +309,24 @@ impl Watch {
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.during("read").on(&self.log.topic)))),
                 None => return Poll::Ready(None),
             };
-            self.shared.lagged.fetch_add(usize::try_from(next.lagged).unwrap_or(usize::MAX), Ordering::Relaxed);
-            let place = next.place.map(|(generation, index)| (self.scope(generation), index));
+            if next.lagged > 0 {
+                self.shared.lagged.fetch_add(usize::try_from(next.lagged).unwrap_or(usize::MAX), Ordering::Relaxed);
+            }
             match mode {
                 AckMode::Auto => {
                     self.count_ahead();
-                    let delivery = Delivery::settled(next.event, next.attempt).after_losing(next.lagged);
-                    return Poll::Ready(Some(Ok(match place {
-                        Some((scope, index)) => delivery.at(scope, index),
-                        None => delivery,
-                    })));
+                    let mut delivery = Delivery::settled(next.event, next.attempt);
+                    if let Some(generation) = next.generation {
+                        delivery = delivery.indexed(self.history(generation));
+                    }
+                    return Poll::Ready(Some(Ok(delivery.after_losing(next.lagged))));
                 }
                 AckMode::Manual => {
-                    self.held.put(&self.log.topic, &self.shared, next, place);
+                    let mut entry = Entry::new(next.event);
+                    if let Some(generation) = next.generation {
+                        entry = entry.indexed(self.history(generation));
+                    }
+                    self.held.put(&self.log.topic, &self.shared, entry.attempt(next.attempt), next.lagged);
                     self.count_ahead();
                 }
             }
@@ -335,7 +339,7 @@ impl Watch {
 
     /// The next of the sequence.
     fn poll_sequence(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Ready>>> {
-        if self.held.is_full() {
+        if self.held.is_full(&self.shared) {
             return Poll::Pending;
         }
         loop {
@@ -399,7 +403,7 @@ impl Watch {
             // Whoever closes the bus ends this one too, once it was relieved.
             return if closing { Poll::Pending } else { Poll::Ready(None) };
         }
-        match ready!(self.inner.poll_delivery(cx, AckMode::Auto)) {
+        match ready!(self.inner.poll_next(cx, AckMode::Auto)) {
             Some(Ok(delivery)) => {
                 self.sequence.live(delivery.event().clone(), delivery.attempt(), delivery.lagged());
                 if self.sequence.has_seen_another_store() && !std::mem::replace(&mut self.complained, true) {
@@ -418,18 +422,17 @@ impl Watch {
         }
     }
 
-    fn scope(&mut self, generation: Generation) -> Arc<Scope> {
-        match &self.scope {
-            Some((known, scope)) if *known == generation => scope.clone(),
-            _ => self.scope.insert((generation, Arc::new(scope(&self.log.topic, generation)))).1.clone(),
-        }
+    /// The history of this generation.
+    fn history(&mut self, generation: Generation) -> &Indexed {
+        let known = self.history.take_if(|(known, _)| *known == generation);
+        let made = || (generation, Indexed::new(Arc::new(scope(&self.log.topic, generation))));
+        &self.history.insert(known.unwrap_or_else(made)).1
     }
 }
 
 impl Source for Watch {
     fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
-        // Yields now and then, however much there is to read.
-        ready!(pin!(tokio::task::consume_budget()).poll(cx));
+        ready!(poll_yield(cx));
         loop {
             if self.shared.news.load(Ordering::Acquire) && self.shared.news.swap(false, Ordering::AcqRel) {
                 self.shared.set_ahead(self.sequence.len(), true); // before it is known here alone
@@ -468,7 +471,7 @@ impl Held {
     /// What came back, or was put in last.
     fn poll(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         let Some(member) = &mut self.member else { return Poll::Pending };
-        let next = ready!(member.poll_delivery(cx, mode));
+        let next = ready!(member.poll_next(cx, mode));
         Poll::Ready(next.map(|delivery| {
             delivery.map(|delivery| match self.put.take_if(|(event, _)| Arc::ptr_eq(event, delivery.event())) {
                 Some((_, lagged)) => delivery.after_losing(lagged),
@@ -478,24 +481,19 @@ impl Held {
     }
 
     /// Whether what was put in last waits for the consumer to settle something.
-    fn is_full(&self) -> bool {
+    fn is_full(&self, shared: &Watched) -> bool {
         // The queue may also have given it up, if a server had counted too many attempts.
-        self.put.is_some() && self.member.as_ref().is_some_and(|member| member.status().queued > 0)
+        self.put.is_some() && shared.held.get().is_some_and(|(_, member)| member.status().queued > 0)
     }
 
-    fn put(&mut self, topic: &Topic, shared: &Watched, next: Ready, place: Option<(Arc<Scope>, u64)>) {
+    fn put(&mut self, topic: &Topic, shared: &Watched, entry: Entry, lagged: u64) {
         let untold = self.put.take().map_or(0, |(_, lagged)| lagged);
-        self.put = Some((next.event.clone(), untold + next.lagged));
-        let entry = Entry::new(next.event).attempt(next.attempt);
-        let entry = match place {
-            Some((scope, index)) => entry.at(scope, index),
-            None => entry,
-        };
+        self.put = Some((entry.event().clone(), untold + lagged));
         let (queue, _) = shared.held.get_or_init(|| {
             let queue = DeliveryQueue::fan_out(topic.clone(), self.timer.clone(), self.sink.clone());
             let member = queue.join(MEMBER, self.options.clone(), || {}).expect("a new queue has not ended");
             let handle = member.handle();
-            self.member = Some(member);
+            self.member = Some(member.into_source());
             (queue, handle)
         });
         queue.push([entry], &mut Aftermath::new());

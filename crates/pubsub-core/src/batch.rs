@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::Stream;
 use tokio::time::{Instant, Sleep};
 
+use crate::contain::contain;
 use crate::options::MOST_QUEUED;
 use crate::retry::MAX_DURATION;
 use crate::runner::{Ended, supervise};
@@ -228,9 +229,8 @@ impl<T: AsRef<Event>> Batcher<T> {
     /// Adds an event and returns those that had to go for it, possibly itself.
     pub fn push(&mut self, now: Instant, item: T) -> Vec<T> {
         let immediate = self.policy.is_immediate.as_ref().is_some_and(|is_immediate| {
-            let call = std::panic::AssertUnwindSafe(|| is_immediate(item.as_ref()));
-            std::panic::catch_unwind(call).unwrap_or_else(|_| {
-                tracing::error!("an is_immediate function panicked; its event waits like others");
+            contain(|| is_immediate(item.as_ref())).unwrap_or_else(|panic| {
+                tracing::error!(%panic, "an is_immediate function panicked; its event waits like others");
                 false
             })
         });
@@ -307,10 +307,9 @@ impl<T: AsRef<Event>> Batcher<T> {
         {
             let events: Vec<&Event> = self.buffer.iter().map(|entry| entry.item.as_ref()).collect();
             let mut told = keep.clone();
-            let call = std::panic::AssertUnwindSafe(|| coalesce(&events, &mut told));
-            match std::panic::catch_unwind(call) {
+            match contain(|| coalesce(&events, &mut told)) {
                 Ok(()) => keep = told,
-                Err(_) => tracing::error!("a coalesce function panicked; its batch is kept whole"),
+                Err(panic) => tracing::error!(%panic, "a coalesce function panicked; its batch is kept whole"),
             }
         }
         let mut dropped = Vec::new();

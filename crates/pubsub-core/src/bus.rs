@@ -1,18 +1,16 @@
 //! What applications hold: a cheap handle on a backend, with the conveniences.
 
-use std::cell::Cell;
-use std::future::{Future, poll_fn};
 use std::sync::{Arc, Weak};
-use std::task::{Poll, ready};
 use std::time::Duration;
 
 use futures::future::Either;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::task::{JoinHandle, coop};
+use tokio::task::JoinHandle;
 
 use crate::dead_letter::{REDRIVE_GROUP, redriven};
+use crate::machinery::yield_now_and_then;
 use crate::subscription::Nudge;
 use crate::{
     Capabilities, Capability, Closed, Cursor, Error, Event, Failure, Group, LeaseProvider, Message, Overflow, Page, Positions,
@@ -66,22 +64,6 @@ fn replaying(start: Start) -> SubscribeOptions {
 #[cold]
 fn without_index(event: &Arc<Event>) -> Arc<Event> {
     Arc::new(Event::clone(event).with_index(None))
-}
-
-/// A publisher that never has to wait must let others run now and then. A unit of the budget that tokio gives a task for one turn
-/// is meant for more than one publish within the process: here it lasts for four. Publishers that yield more often take turns
-/// with their consumers in smaller batches, and on more cores, than their queues would have them.
-fn yield_now_and_then() -> impl Future<Output = ()> {
-    thread_local! {
-        static PUBLISHED: Cell<u8> = const { Cell::new(0) };
-    }
-    poll_fn(|cx| {
-        if PUBLISHED.get().is_multiple_of(4) {
-            ready!(coop::poll_proceed(cx)).made_progress();
-        }
-        PUBLISHED.set(PUBLISHED.get().wrapping_add(1));
-        Poll::Ready(())
-    })
 }
 
 impl Bus {

@@ -84,13 +84,48 @@ pub(crate) struct Extras {
     /// Lost right before it.
     pub(crate) lagged: u64,
     /// Where it stands in its topic, where that is retained.
-    pub(crate) place: Option<(Arc<Scope>, Position)>,
+    pub(crate) place: Option<Place>,
     /// The one instance it is for, while it is queued.
     pub(crate) only: Option<InstanceId>,
 }
 
+#[derive(Debug, Clone)]
+pub(crate) enum Place {
+    At(Arc<Scope>, Position),
+    /// At the index that the event bears.
+    Indexed(Arc<Scope>),
+}
+
+impl Place {
+    /// The position there of this event.
+    pub(crate) fn of(&self, event: &Event) -> Option<(&Arc<Scope>, Position)> {
+        match self {
+            Self::At(scope, position) => Some((scope, *position)),
+            Self::Indexed(scope) => event.index().map(|place| (scope, place.index.into())),
+        }
+    }
+}
+
+/// A history whose events bear their own index: what is said once for all their deliveries, which then cost no allocation. For
+/// backends.
+#[derive(Debug, Clone)]
+pub struct Indexed(Arc<Extras>);
+
+impl Indexed {
+    /// In this scope, an event stands at its own [index](Event::index); one without an index stands nowhere.
+    pub fn new(scope: Arc<Scope>) -> Self {
+        Self(Arc::new(Extras { place: Some(Place::Indexed(scope)), ..Extras::default() }))
+    }
+
+    #[inline]
+    pub(crate) fn extras(&self) -> Arc<Extras> {
+        self.0.clone()
+    }
+}
+
 impl Delivery {
     /// A delivery that is settled by being handed over; for backends.
+    #[inline]
     pub fn settled(event: Arc<Event>, attempt: u32) -> Self {
         Self { event, attempt, extras: None, settler: None }
     }
@@ -102,11 +137,19 @@ impl Delivery {
 
     /// Adds where the event stands in its topic; for backends that retain.
     pub fn at(mut self, scope: Arc<Scope>, position: impl Into<Position>) -> Self {
-        self.extras_mut().place = Some((scope, position.into()));
+        self.extras_mut().place = Some(Place::At(scope, position.into()));
         self
     }
 
+    /// Says that the event stands at its own index; for backends that number events. To be said before anything else about it.
+    #[inline]
+    pub fn indexed(self, history: &Indexed) -> Self {
+        debug_assert!(self.extras.is_none(), "what was said about it would be lost");
+        self.with_extras(Some(history.extras()))
+    }
+
     /// Says how many events were lost right before this one; for backends.
+    #[inline]
     pub fn after_losing(mut self, lagged: u64) -> Self {
         if lagged != self.lagged() {
             self.extras_mut().lagged = lagged;
@@ -114,6 +157,7 @@ impl Delivery {
         self
     }
 
+    #[inline]
     pub(crate) fn with_extras(mut self, extras: Option<Arc<Extras>>) -> Self {
         self.extras = extras;
         self
@@ -133,6 +177,7 @@ impl Delivery {
     }
 
     /// The event.
+    #[inline]
     pub fn event(&self) -> &Arc<Event> {
         &self.event
     }
@@ -151,14 +196,15 @@ impl Delivery {
     }
 
     /// How many events this subscription lost right before this one, at a full queue or by trimming.
+    #[inline]
     pub fn lagged(&self) -> u64 {
         self.extras.as_ref().map_or(0, |extras| extras.lagged)
     }
 
     /// Where the event stands in its topic; none where the backend retains nothing.
     pub fn cursor(&self) -> Option<Cursor> {
-        let (scope, position) = self.extras.as_ref()?.place.as_ref()?;
-        Some(Cursor::new(scope.clone(), *position))
+        let (scope, position) = self.extras.as_ref()?.place.as_ref()?.of(&self.event)?;
+        Some(Cursor::new(scope.clone(), position))
     }
 
     /// Whether it was settled by being handed over.

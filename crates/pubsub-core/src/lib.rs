@@ -19,6 +19,7 @@
 mod batch;
 mod bus;
 mod capabilities;
+mod contain;
 mod cursor;
 mod dead_letter;
 mod delivery;

@@ -1,12 +1,12 @@
 //! How to publish and how to subscribe.
 
 use std::fmt;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use smol_str::SmolStr;
 
+use crate::contain::contain;
 use crate::retry::MAX_DURATION;
 use crate::{
     Capabilities, Capability, Cursor, Error, ErrorKind, Event, Group, Groups, OnGap, Result, Retention, RetryPolicy, Topic,
@@ -120,8 +120,8 @@ impl Filter {
     pub fn admits(&self, event: &Event) -> bool {
         (self.types.is_empty() || self.types.iter().any(|wanted| wanted == event.event_type()))
             && self.predicate.as_ref().is_none_or(|predicate| {
-                std::panic::catch_unwind(AssertUnwindSafe(|| predicate(event))).unwrap_or_else(|_| {
-                    tracing::error!(event = %event.id(), "a filter panicked; it lets the event through");
+                contain(|| predicate(event)).unwrap_or_else(|panic| {
+                    tracing::error!(event = %event.id(), %panic, "a filter panicked; it lets the event through");
                     true
                 })
             })

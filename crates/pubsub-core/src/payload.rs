@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::fmt;
-use std::io;
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
@@ -26,7 +25,7 @@ enum Repr {
 /// A value that stays a value inside the process and becomes JSON once, when first asked for.
 trait Typed: Send + Sync {
     fn json(&self) -> &Result<Bytes, String>;
-    fn json_len(&self) -> Result<usize, String>;
+    fn size(&self) -> Result<usize, String>;
     fn round_trip(&self) -> Result<(), String>;
     fn value(&self) -> &(dyn Any + Send + Sync);
 }
@@ -40,32 +39,17 @@ fn encode<T: Serialize>(value: &T) -> Result<Bytes, String> {
     serde_json::to_vec(value).map(Bytes::from).map_err(|error| error.to_string())
 }
 
-/// Counts what is written.
-struct Counted(usize);
-
-impl io::Write for Counted {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len();
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> Typed for Cell<T> {
     fn json(&self) -> &Result<Bytes, String> {
         self.json.get_or_init(|| encode(&self.value))
     }
 
-    fn json_len(&self) -> Result<usize, String> {
-        if let Some(json) = self.json.get() {
-            return json.as_ref().map(Bytes::len).map_err(Clone::clone);
+    fn size(&self) -> Result<usize, String> {
+        if let Some(Ok(json)) = self.json.get() {
+            return Ok(json.len());
         }
-        let mut counted = Counted(0);
-        serde_json::to_writer(&mut counted, &self.value).map_err(|error| error.to_string())?;
-        Ok(counted.0)
+        // What Postcard cannot write, such as a sequence that does not know its length, is measured as JSON.
+        postcard::experimental::serialized_size(&self.value).or_else(|_| encode(&self.value).map(|json| json.len()))
     }
 
     fn round_trip(&self) -> Result<(), String> {
@@ -137,14 +121,15 @@ impl Payload {
         matches!(self.0, Repr::Live(_))
     }
 
-    /// How many bytes [`to_json`](Self::to_json) has. A typed value that was not written yet is only measured: nothing is kept.
+    /// About how many bytes the data has, for whoever bounds what is kept: the length of its JSON, or, of a typed value that was not
+    /// written yet, of a compact binary form ([Postcard](https://postcard.jamesmunns.com/wire-format)), which costs a fraction of
+    /// writing it. Nothing of that is kept.
     ///
     /// # Errors
-    /// As [`to_json`](Self::to_json).
-    pub fn json_len(&self) -> Result<usize> {
-        let refuse = |why: String| Error::new(ErrorKind::NotSerializable(why.into()));
+    /// [`ErrorKind::NotSerializable`] if it is live, or its value refuses to be written.
+    pub fn size(&self) -> Result<usize> {
         match &self.0 {
-            Repr::Typed(cell) => cell.json_len().map_err(refuse),
+            Repr::Typed(cell) => cell.size().map_err(|why| Error::new(ErrorKind::NotSerializable(why.into()))),
             _ => self.to_json().map(|json| json.len()),
         }
     }
@@ -271,12 +256,24 @@ mod tests {
     }
 
     #[test]
-    fn is_measured_as_it_is_written() {
-        for payload in [Payload::null(), Payload::typed("\u{1}ä".to_owned()), Payload::json("[1, 2]").unwrap()] {
-            let measured = payload.json_len().unwrap();
-            assert_eq!((measured, payload.json_len().unwrap()), (payload.to_json().unwrap().len(), measured));
+    fn is_measured_without_being_written() {
+        let text = "x".repeat(1000);
+        for (payload, size) in [(Payload::null(), 4), (Payload::json("[1, 2]").unwrap(), 6), (Payload::typed(text), 1002)] {
+            assert_eq!(payload.size().unwrap(), size);
         }
-        assert!(Payload::live(Arc::new(1)).json_len().is_err());
+        assert!(Payload::live(Arc::new(1)).size().is_err());
+    }
+
+    #[test]
+    fn what_only_json_can_write_is_measured_as_json() {
+        #[derive(Serialize, serde::Deserialize)]
+        struct Open {
+            known: u8,
+            #[serde(flatten)]
+            rest: std::collections::BTreeMap<String, u8>,
+        }
+        let payload = Payload::typed(Open { known: 1, rest: [("more".into(), 2)].into() });
+        assert_eq!(payload.size().unwrap(), payload.to_json().unwrap().len());
     }
 
     #[test]

@@ -108,12 +108,20 @@ pub trait PubSub: Send + Sync + Debug + 'static {
 
 /// Where published events stand in their topic, in the order they were given; empty where the backend retains nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Positions(Option<Box<[Cursor]>>);
+pub struct Positions(Cursors);
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+enum Cursors {
+    #[default]
+    None,
+    One(Cursor),
+    Many(Box<[Cursor]>),
+}
 
 impl Positions {
     /// No positions.
     pub const fn none() -> Self {
-        Self(None)
+        Self(Cursors::None)
     }
 
     /// The cursor of the event given at this place.
@@ -123,12 +131,27 @@ impl Positions {
 
     /// All of them.
     pub fn as_slice(&self) -> &[Cursor] {
-        self.0.as_deref().unwrap_or_default()
+        match &self.0 {
+            Cursors::None => &[],
+            Cursors::One(cursor) => std::slice::from_ref(cursor),
+            Cursors::Many(cursors) => cursors,
+        }
+    }
+}
+
+impl FromIterator<Cursor> for Positions {
+    fn from_iter<I: IntoIterator<Item = Cursor>>(cursors: I) -> Self {
+        let mut cursors = cursors.into_iter();
+        Self(match (cursors.next(), cursors.next()) {
+            (None, _) => Cursors::None,
+            (Some(one), None) => Cursors::One(one),
+            (Some(first), Some(second)) => Cursors::Many([first, second].into_iter().chain(cursors).collect()),
+        })
     }
 }
 
 impl From<Vec<Cursor>> for Positions {
     fn from(cursors: Vec<Cursor>) -> Self {
-        Self((!cursors.is_empty()).then(|| cursors.into()))
+        cursors.into_iter().collect()
     }
 }

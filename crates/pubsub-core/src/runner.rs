@@ -1,7 +1,5 @@
 //! Handlers: running them over a subscription and settling by their outcome.
 
-use std::any::Any;
-use std::borrow::Cow;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
@@ -15,6 +13,7 @@ use futures::{FutureExt, Stream, StreamExt};
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 
+use crate::contain::{contain, said};
 use crate::{Cursor, Data, Delivery, Error, Event, Receipt, Result, Settled, Settlement, Subscription};
 
 /// The most settlements whose receipts a runner leaves open before it takes more work.
@@ -292,9 +291,9 @@ where
     Fut: Future<Output = Result<(), Failure>>,
 {
     // The handler's own call may panic before there is a future.
-    let handler = match std::panic::catch_unwind(AssertUnwindSafe(start)) {
+    let handler = match contain(start) {
         Ok(future) => AssertUnwindSafe(future).catch_unwind(),
-        Err(panic) => return Ended::Failed(panicked(&*panic)),
+        Err(text) => return Ended::Failed(panicked(&text)),
     };
     let mut handler: Pin<&mut CatchUnwind<_>> = pin!(handler);
     let mut clock = pin!(OptionFuture::from(timeout.map(tokio::time::sleep)));
@@ -302,7 +301,7 @@ where
         if let Poll::Ready(result) = handler.as_mut().poll(cx) {
             return Poll::Ready(match result {
                 Ok(returned) => Ended::Returned(returned),
-                Err(panic) => Ended::Failed(panicked(&*panic)),
+                Err(panic) => Ended::Failed(panicked(&said(panic))),
             });
         }
         if deliveries.iter().any(|delivery| delivery.poll_revoked(cx).is_ready()) {
@@ -318,14 +317,7 @@ where
     .await
 }
 
-fn panicked(panic: &(dyn Any + Send)) -> Failure {
-    let text: Cow<'_, str> = if let Some(text) = panic.downcast_ref::<&str>() {
-        (*text).into()
-    } else if let Some(text) = panic.downcast_ref::<String>() {
-        text.into()
-    } else {
-        "no message".into()
-    };
+fn panicked(text: &str) -> Failure {
     tracing::error!("a handler panicked: {text}");
     Failure::retry(format!("handler panicked: {text}"))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{Aftermath, DeliveryQueue, InstanceId};
+use pubsub_core::machinery::{Aftermath, DeliveryQueue, InstanceId, yield_now_and_then};
 use pubsub_core::{
     Capabilities, Capability, Closed, Error, ErrorKind, Event, Groups, LeaseProvider, Page, Positions, PubSub, PublishError,
     PublishOptions, REDRIVE_GROUP, Reach, Result, Retention, Start, Status, StatusWatch, SubscribeOptions, Subscription,
@@ -235,8 +235,7 @@ impl PubSub for EventEmitterPubSub {
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
-        // A publisher that never has to wait must let others run now and then.
-        tokio::task::consume_budget().await;
+        yield_now_and_then().await;
         if let Some(published) = self.publish_now(topic, events, &options) {
             return published;
         }

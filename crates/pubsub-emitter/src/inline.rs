@@ -2,11 +2,10 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pubsub_core::machinery::InstanceId;
+use pubsub_core::machinery::{InstanceId, contain};
 use pubsub_core::{Event, Topic};
 
 use crate::hub::Hub;
@@ -53,8 +52,8 @@ pub(crate) fn call(handlers: &[Arc<Inline>], topic: &Topic, events: &[Arc<Event>
             if inline.has_ended() || only.is_some_and(|only| only != inline.instance) {
                 continue;
             }
-            if std::panic::catch_unwind(AssertUnwindSafe(|| (inline.handler)(event))).is_err() {
-                tracing::error!(%topic, event = %event.id(), "an inline handler panicked");
+            if let Err(panic) = contain(|| (inline.handler)(event)) {
+                tracing::error!(%topic, event = %event.id(), %panic, "an inline handler panicked");
             }
         }
     }

@@ -9,7 +9,7 @@ use pubsub_core::{
     Bus, Cursor, ErrorKind, Event, Failure, Fate, Filter, Group, Origin, Overflow, Payload, PubSub, PublishOptions,
     RetryPolicy, Scope, Settled, Start, SubscribeOptions, Topic, TrimFilter,
 };
-use pubsub_emitter::EventEmitterPubSub;
+use pubsub_emitter::{EventEmitterPubSub, MAX_INLINE_DEPTH};
 
 fn topic(name: &str) -> Topic {
     Topic::new(name).unwrap()
@@ -332,6 +332,25 @@ impl Drop for Explosive {
         if !std::thread::panicking() {
             panic!("told to");
         }
+    }
+}
+
+#[tokio::test]
+async fn an_inline_handler_that_panics_with_something_that_panics_harms_nobody() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            std::panic::panic_any("dropped");
+        }
+    }
+    let emitter = EventEmitterPubSub::new();
+    let _inline = emitter.subscribe_inline(&topic("t"), |_| std::panic::panic_any(Bomb)).unwrap();
+    let bus = Bus::from(emitter);
+    let mut queued = bus.subscribe("t").await.unwrap();
+    // More often than handlers may be nested: none of them counts as still running.
+    for number in 0..2 * MAX_INLINE_DEPTH {
+        bus.publish_data("t", "x", number).await.unwrap();
+        assert_eq!(*queued.next().await.unwrap().unwrap().data::<usize>().unwrap(), number);
     }
 }
 

@@ -17,16 +17,22 @@ use crate::node::lines::Lines;
 /// How long to wait after the end of a connection before dialling again: a broker that closes waits for those who come meanwhile.
 pub(crate) const CLOSING: Duration = Duration::from_millis(20);
 
-/// Talks with the broker until the connection ends.
+/// How often to look whether the broker still has the socket's name. One that closes waits for those who came meanwhile, and gives its
+/// name away before.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Talks with the broker until the connection ends, or the broker's name is another's.
 pub(crate) async fn talk(
     link: &Arc<Link>,
     host: &mut Host,
     from: &mut (impl AsyncReadExt + Unpin),
     to: &mut (impl AsyncWriteExt + Unpin),
     said: BytesMut,
+    is_named: impl Fn() -> bool,
 ) -> io::Result<()> {
     let malformed = |why: Malformed| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
     let (mut lines, mut frames, mut out) = (Lines::over(said), Decoder::default(), BytesMut::new());
+    let mut look = tokio::time::interval(LOOK);
     loop {
         // What the broker does not take is left with the link, and its publishers wait.
         if out.len() < MAX_OUT {
@@ -56,6 +62,11 @@ pub(crate) async fn talk(
             }
             written = to.write(&out), if out.has_remaining() => out.advance(written?),
             () = link.spoken(), if out.len() < MAX_OUT => {}
+            _ = look.tick() => {
+                if !is_named() {
+                    return Ok(());
+                }
+            }
             () = sleep(Duration::from_millis(next.saturating_sub(now).max(1))) => {}
         }
     }

@@ -94,7 +94,8 @@ pub(crate) struct Turn {
 
 impl Broker {
     /// A broker over what its predecessor left. Everybody is given time to come back.
-    pub(crate) fn new(ledger: Ledger, patience: Patience, clock: u64) -> Self {
+    pub(crate) fn new(mut ledger: Ledger, patience: Patience, clock: u64) -> Self {
+        ledger.begin_term();
         let skew = ledger.now.saturating_sub(clock);
         let until = clock + skew + patience.absent;
         let clients = ledger.clients();

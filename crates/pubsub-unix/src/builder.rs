@@ -7,6 +7,7 @@ use pubsub_core::{Error, Result};
 
 use crate::UnixSocketPubSub;
 use crate::broker::Patience;
+use crate::entry::Entry;
 use crate::files::Paths;
 use crate::ledger::Limits;
 use crate::link::{Config, Tongue};
@@ -25,6 +26,9 @@ pub struct UnixBuilder {
     sync: bool,
     tongue: Tongue,
     envelopes: bool,
+    users: Vec<String>,
+    groups: Vec<String>,
+    owner: Option<String>,
 }
 
 /// What an instance itself keeps of its configuration.
@@ -51,6 +55,9 @@ impl UnixBuilder {
             sync: false,
             tongue: Tongue::Any,
             envelopes: false,
+            users: Vec::new(),
+            groups: Vec::new(),
+            owner: None,
         }
     }
 
@@ -110,6 +117,32 @@ impl UnixBuilder {
         self
     }
 
+    /// Serves processes of these users too, by name or number, while this process is the broker (none but its own user and root). They
+    /// connect with [`owner`](Self::owner).
+    ///
+    /// A directory that is made then lets others pass through, the socket lets everybody connect, and the kernel tells the broker who did.
+    #[must_use]
+    pub fn allow_users(mut self, users: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.users.extend(users.into_iter().map(Into::into));
+        self
+    }
+
+    /// Serves processes of these groups as well, by name or number, as [`allow_users`](Self::allow_users) does those of users: those whose first
+    /// group it is, and those of users who are in it when this instance connects.
+    #[must_use]
+    pub fn allow_groups(mut self, groups: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.groups.extend(groups.into_iter().map(Into::into));
+        self
+    }
+
+    /// Whose bus it is, by name or number (one's own). On another's bus this process is a guest, who never becomes the broker; the broker
+    /// has to [admit](Self::allow_users) it.
+    #[must_use]
+    pub fn owner(mut self, owner: impl Into<String>) -> Self {
+        self.owner = Some(owner.into());
+        self
+    }
+
     /// Refuses to be the client of a broker that is a process of Mastra (off): while there is one the status is `Failed`, and it goes
     /// on once that has gone. What such a broker cannot do the [crate's documentation](crate#with-typescript) says, and
     /// [`capabilities`](pubsub_core::PubSub::capabilities) as long as there is one.
@@ -140,7 +173,8 @@ impl UnixBuilder {
     /// Dropping the future leaves nothing connected.
     ///
     /// # Errors
-    /// `InvalidOption` naming the option; `Denied` where the directory or the files beside the socket are somebody else's.
+    /// `InvalidOption` naming the option; `Denied` where the directory, the files beside the socket or the broker are somebody else's, or
+    /// the broker does not serve this user.
     pub async fn connect(self) -> Result<UnixSocketPubSub> {
         let subject = self.path.display().to_string();
         let (config, settings) = self.check().map_err(|error| error.during("connect").on(&subject))?;
@@ -170,10 +204,13 @@ impl UnixBuilder {
         bytes("max_events", self.max_events, 1, 1 << 30)?;
         bytes("max_bytes", self.max_bytes, 1 << 20, 1 << 40)?;
         bytes("max_peer_bytes", self.max_peer_bytes as u64, 1 << 20, 1 << 40)?;
-        let paths = Paths::new(&self.path).map_err(|why| Error::invalid_option("path", why))?;
+        let entry = Entry::new(&self.users, &self.groups, self.owner.as_deref());
+        let entry = entry.map_err(|(option, why)| Error::invalid_option(option, why))?;
+        let paths = Paths::new(&self.path, &entry).map_err(|why| Error::invalid_option("path", why))?;
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let config = Config {
             paths,
+            entry,
             limits: Limits { max_events: self.max_events, max_bytes: self.max_bytes },
             patience: Patience { absent: millis(self.grace), silent: millis(self.hang_timeout) },
             max_peer_bytes: self.max_peer_bytes,

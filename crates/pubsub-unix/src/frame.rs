@@ -159,6 +159,8 @@ pub(crate) enum Greeting {
         topic: String,
     },
     Subscribed,
+    /// A broker does not serve this user.
+    Denied,
     /// A broker answers, with the epoch it claimed.
     Welcome {
         v: u32,

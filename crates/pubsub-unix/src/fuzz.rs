@@ -4,8 +4,7 @@
 //! In each the first byte says how long the pieces are in which the rest arrives.
 
 use bytes::Bytes;
-use pubsub_core::Timestamp;
-use uuid::Uuid;
+use pubsub_core::{EventId, Timestamp};
 
 use crate::broker::{Broker, Patience};
 use crate::frame::{self, Decoder, Frame};
@@ -74,7 +73,7 @@ fn settle(broker: &mut Broker) {
 /// # Panics
 /// If they are not what they should be.
 pub fn lines(data: &[u8]) {
-    let stamp = || Stamp { id: Uuid::from_u128(7), created_at: Timestamp::now() };
+    let stamp = || Stamp { id: EventId::random(), created_at: Timestamp::now() };
     let mut lines = Lines::default();
     let mut broker = Broker::new(Ledger::new(7, LIMITS), PATIENCE, 0);
     assert_eq!(broker.connected(1, 1, 1, 0), Ok(None));
@@ -87,7 +86,9 @@ pub fn lines(data: &[u8]) {
             match lines.next() {
                 Ok(Some(line)) => {
                     comes_back(&line);
-                    guest.hear(&line, stamp);
+                    if guest.hear(&line, stamp).is_err() {
+                        return; // it would be cut off
+                    }
                     host.told(&line, 1);
                 }
                 Ok(None) => break,

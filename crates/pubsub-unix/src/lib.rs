@@ -50,7 +50,7 @@
 //!
 //! The socket's absolute path has at most 98 bytes. Its directory belongs to the same user or to root, and is on a local file system;
 //! if anybody may write to it, it has the sticky bit. A directory that is missing is made for its owner alone (0700); socket and files are
-//! 0600. Only processes of the same user, and root, are served. An event has at most 16 MiB ([`max_payload`](UnixBuilder::max_payload)).
+//! 0600. Only processes of the same user, and root, are served, and whoever is [admitted](UnixBuilder::allow_users). An event has at most 16 MiB ([`max_payload`](UnixBuilder::max_payload)).
 //! A bus has 65,536 topics, each of them 1,024 groups, and 10,000 peers at most. An instance has one task and no thread, the broker one
 //! thread; a subscription has neither.
 //!
@@ -86,6 +86,7 @@ mod broker;
 mod builder;
 mod convert;
 mod election;
+mod entry;
 mod files;
 mod frame;
 mod guests;
@@ -108,6 +109,8 @@ mod unix;
 #[doc(hidden)]
 pub mod fuzz;
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod model;
 

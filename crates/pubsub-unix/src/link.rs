@@ -9,13 +9,14 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use pubsub_core::{Error, Receipt, Result, Settled, Status, Topic};
+use pubsub_core::{Error, ErrorKind, Receipt, Result, Settled, Status, Topic};
 use smol_str::SmolStr;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::broker::Patience;
+use crate::entry::Entry;
 use crate::files::Paths;
 use crate::frame;
 use crate::ledger::Limits;
@@ -49,6 +50,7 @@ pub(crate) const MAX_OUT: usize = 16 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) paths: Paths,
+    pub(crate) entry: Entry,
     pub(crate) limits: Limits,
     pub(crate) patience: Patience,
     pub(crate) max_peer_bytes: usize,
@@ -184,6 +186,11 @@ impl Link {
         // What the instance can do depends on who the broker is.
         let known = |status: &Status| !matches!(status, Status::Reconnecting { .. });
         let _ = timeout(FIRST, link.status.subscribe().wait_for(known)).await; // without a broker it goes on looking
+        if let Status::Failed(error) = &*link.status.borrow()
+            && matches!(error.kind(), ErrorKind::Denied)
+        {
+            return Err(Error::new(ErrorKind::Denied).during("connect").caused_by(error.to_string()));
+        }
         Ok((link, Carrier { task, end }))
     }
 
@@ -438,13 +445,18 @@ impl Link {
         self.less.notify_waiters();
     }
 
-    /// There is a broker: says again what was not answered.
+    /// There is a broker: says again what was not answered. A TypeScript peer is asked first, so that what is published then is
+    /// heard by those who asked.
     fn resume(&self) {
+        let foreign = self.is_foreign();
         {
             let mut state = self.state.lock();
             state.out.clear();
             state.connected = true;
-            let frames: Vec<_> = state.session.resume().collect();
+            let mut frames: Vec<_> = state.session.resume().collect();
+            if foreign {
+                frames.sort_by_key(|frame| !matches!(frame, ToBroker::Ask { .. }));
+            }
             frames.iter().for_each(|frame| state.say(frame));
         }
         self.ask_for_seats();

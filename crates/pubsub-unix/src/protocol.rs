@@ -44,6 +44,8 @@ pub(crate) enum Begin {
     Index(u64),
     /// Right behind this cursor, as text.
     After(String),
+    /// With what was published since the broker is one: for those who were under a TypeScript peer until then.
+    Term,
 }
 
 /// What a start that cannot be resumed from is.

@@ -94,7 +94,7 @@ impl Reader {
                 return Query::Start { topic, begin: Begin::Latest, or_earliest: true };
             }
             let Some(home) = state.home.take() else {
-                return Query::Start { topic, begin: Begin::Latest, or_earliest: true };
+                return Query::Start { topic, begin: Begin::Term, or_earliest: true };
             };
             place = home;
             state.place = Some(home);

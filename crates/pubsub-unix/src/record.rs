@@ -45,14 +45,15 @@ impl Stored {
     }
 
     /// A record of JSON that was written elsewhere.
-    pub(crate) fn of_json(id: Uuid, created_at: Timestamp, json: &[u8]) -> Self {
+    pub(crate) fn of_json(id: &EventId, created_at: Timestamp, json: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(HEAD + UUID + json.len());
-        bytes.put_u32_le(u32::try_from(HEAD - 4 + UUID + json.len()).expect("it came in a frame"));
+        bytes.extend_from_slice(&[0; 4]);
         bytes.put_i64_le(created_at.as_millis());
         bytes.put_u8(if may_be_tagged(json) { TAGGED } else { 0 });
-        bytes.put_u8(0);
-        bytes.extend_from_slice(id.as_bytes());
+        write_id(id, &mut bytes);
         bytes.extend_from_slice(json);
+        let length = u32::try_from(bytes.len() - 4).expect("it came in a frame");
+        bytes[..4].copy_from_slice(&length.to_le_bytes());
         Self(bytes.into())
     }
 
@@ -131,17 +132,7 @@ pub(crate) fn write(event: &Event, limit: usize, tagged: bool, out: &mut Vec<u8>
     out.extend_from_slice(&[0; 4]);
     out.put_i64_le(event.created_at().as_millis());
     out.push(0);
-    match event.id().as_uuid() {
-        Some(uuid) => {
-            out.push(0);
-            out.extend_from_slice(uuid.as_bytes());
-        }
-        None => {
-            let text = event.id().to_string();
-            out.push(u8::try_from(text.len()).expect("an id has 255 bytes at most"));
-            out.extend_from_slice(text.as_bytes());
-        }
-    }
+    write_id(event.id(), out);
     let json = out.len();
     if let Err(error) = wire::encode_into(event, out) {
         out.truncate(start);
@@ -153,6 +144,20 @@ pub(crate) fn write(event: &Event, limit: usize, tagged: bool, out: &mut Vec<u8>
     let length = u32::try_from(out.len() - start - 4).expect("payloads are limited to less");
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
     Ok(())
+}
+
+fn write_id(id: &EventId, out: &mut Vec<u8>) {
+    match id.as_uuid() {
+        Some(uuid) => {
+            out.push(0);
+            out.extend_from_slice(uuid.as_bytes());
+        }
+        None => {
+            let text = id.to_string();
+            out.push(u8::try_from(text.len()).expect("an id has 255 bytes at most"));
+            out.extend_from_slice(text.as_bytes());
+        }
+    }
 }
 
 /// What an id is to the rest of the system.

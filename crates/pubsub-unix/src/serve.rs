@@ -2,7 +2,7 @@
 //! stall of the bus.
 
 use std::cell::{Cell, RefCell};
-use std::io;
+use std::io::{self, Write};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::broker::{Broker, ConnId, Patience};
 use crate::election::{Office, Seat, Standing};
+use crate::entry::Entry;
 use crate::files::{Log, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::guests;
@@ -45,7 +46,7 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    pub(crate) fn start(office: Office, patience: Patience, max_peer_bytes: usize) -> io::Result<Self> {
+    pub(crate) fn start(office: Office, entry: Entry, patience: Patience, max_peer_bytes: usize) -> io::Result<Self> {
         let (stop, (tell, ended)) = (Arc::new(Notify::new()), watch::channel(false));
         let stopped = stop.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -53,7 +54,7 @@ impl Serving {
             let epoch = office.epoch;
             tracing::debug!(epoch, "this process is the broker now");
             let tasks = tokio::task::LocalSet::new();
-            if let Err(error) = tasks.block_on(&runtime, serve(office, patience, max_peer_bytes, &stopped)) {
+            if let Err(error) = tasks.block_on(&runtime, serve(office, entry, patience, max_peer_bytes, &stopped)) {
                 tracing::warn!(epoch, %error, "the broker has to stop");
             }
             drop(tasks); // with all connections
@@ -84,7 +85,7 @@ pub(crate) struct Hub {
     /// Connections that are to be closed when nothing is being sent.
     doomed: RefCell<Vec<ConnId>>,
     epoch: u64,
-    user: u32,
+    entry: Entry,
     max_peer_bytes: usize,
     /// How long a peer may take nothing that it is to handle before it is cut off.
     pub(crate) silent: Duration,
@@ -126,7 +127,7 @@ impl Out {
     }
 }
 
-async fn serve(office: Office, patience: Patience, max_peer_bytes: usize, stop: &Notify) -> io::Result<()> {
+async fn serve(office: Office, entry: Entry, patience: Patience, max_peer_bytes: usize, stop: &Notify) -> io::Result<()> {
     let Office { epoch, register, ledger, mut log, seat } = office;
     seat.listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(seat.listener.try_clone()?)?;
@@ -136,7 +137,7 @@ async fn serve(office: Office, patience: Patience, max_peer_bytes: usize, stop: 
         busy: Notify::new(),
         doomed: RefCell::default(),
         epoch,
-        user: nix::unistd::geteuid().as_raw(),
+        entry,
         max_peer_bytes,
         silent: Duration::from_millis(patience.silent),
     });
@@ -190,8 +191,12 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let same_user = stream.peer_cred().is_ok_and(|peer| peer.uid() == hub.user || peer.uid() == 0);
-                if !same_user || hub.conns.borrow().len() >= MAX_PEERS {
+                if !stream.peer_cred().is_ok_and(|peer| hub.entry.admits(peer.uid(), peer.gid())) {
+                    // There is room for it: nothing was written before.
+                    let _ = stream.into_std().and_then(|mut stream| stream.write_all(&Greeting::Denied.line()));
+                    continue;
+                }
+                if hub.conns.borrow().len() >= MAX_PEERS {
                     continue;
                 }
                 next += 1;
@@ -235,13 +240,7 @@ async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
     hub.close(conn);
 }
 
-async fn greet(
-    hub: &Hub,
-    conn: ConnId,
-    from: &mut Incoming,
-    to: &mut Outgoing,
-    decoder: &mut Decoder,
-) -> io::Result<()> {
+async fn greet(hub: &Hub, conn: ConnId, from: &mut Incoming, to: &mut Outgoing, decoder: &mut Decoder) -> io::Result<()> {
     let refuse = || io::Error::new(io::ErrorKind::InvalidData, "no greeting of ours");
     let mut lines = Vec::new();
     while lines.len() < 2 {

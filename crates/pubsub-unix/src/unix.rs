@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
     Attempts, Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap,
-    GroupStatus, Groups, LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention,
-    Start, StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
+    GroupStatus, Groups, LeaseProvider, LossNotice, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach,
+    Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -65,12 +65,6 @@ impl UnixSocketPubSub {
         let path = Arc::from(config.paths.socket.as_path());
         let (link, carrier) = Link::connect(config).await?;
         Ok(Self { remote: Remote::new(link, timer, carrier, settings.envelopes), settings, path })
-    }
-
-    /// What only a broker of ours has.
-    fn check_native(&self, operation: &'static str, topic: &Topic, what: Capability) -> Result<()> {
-        let foreign = self.remote.link.is_foreign();
-        if foreign { Err(Error::unsupported(what).during(operation).on(topic)) } else { Ok(()) }
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
@@ -152,6 +146,8 @@ fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     if foreign {
         // A broker that is a process of Mastra gives each event out once and keeps nothing.
         capabilities.attempts = Attempts::Instance;
+        capabilities.loss_notice = LossNotice::Silent;
+        capabilities.deduplication = Deduplication::Retained { events: Some(settings.max_events), age: None };
         capabilities.keeps_identity = false;
         return capabilities;
     }
@@ -232,7 +228,9 @@ impl PubSub for UnixSocketPubSub {
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
         self.check_open("history", topic)?;
-        self.check_native("history", topic, Capability::History)?;
+        if self.remote.link.is_foreign() {
+            return Err(Error::unsupported(Capability::History).during("history").on(topic));
+        }
         let most = u32::try_from(limit.min(PIECE_EVENTS)).unwrap_or(u32::MAX);
         let query = Query::Page { topic: topic.as_str().into(), begin: begin(&from), most };
         let Reply::Page { stretch, floor, head } = self.ask("history", topic, query).await? else {
@@ -254,13 +252,17 @@ impl PubSub for UnixSocketPubSub {
 
     async fn clear_topic(&self, topic: &Topic) -> Result<()> {
         self.check_open("clear_topic", topic)?;
-        self.check_native("clear_topic", topic, Capability::History)?;
+        if self.remote.link.is_foreign() {
+            return Ok(()); // there is nothing
+        }
         self.call("clear_topic", topic, Request::Clear { topic: topic.as_str().into() }).await.map(drop)
     }
 
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
         self.check_open("trim_topic", topic)?;
-        self.check_native("trim_topic", topic, Capability::History)?;
+        if self.remote.link.is_foreign() {
+            return Ok(0); // there is nothing
+        }
         let request = Request::Trim { topic: topic.as_str().into(), run: filter.run_id, up_to: filter.produced_up_to };
         match self.call("trim_topic", topic, request).await? {
             Answer::Trimmed(count) => Ok(count),
@@ -300,7 +302,9 @@ impl PubSub for UnixSocketPubSub {
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
-        Some(Arc::new(UnixLeases(self.remote.clone())))
+        // Those that were had before are refused, as long as the broker is a process of Mastra.
+        let native = !self.remote.link.is_foreign();
+        native.then(|| Arc::new(UnixLeases(self.remote.clone())) as _)
     }
 }
 

@@ -1,10 +1,14 @@
 //! One topic's log: numbered events, forgotten from the oldest end.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use pubsub_core::{Event, EventId, ReplayIndex};
+use foldhash::fast::RandomState;
+use pubsub_core::{Event, ReplayIndex};
+use smallvec::SmallVec;
 
 use super::{InMemoryBuilder, Moment};
 use crate::{Generation, LogPage};
@@ -12,7 +16,8 @@ use crate::{Generation, LogPage};
 /// What was forgotten, to be dropped and accounted for without a lock.
 #[derive(Default)]
 pub(super) struct Gone {
-    pub(super) events: Vec<Arc<Event>>,
+    /// Room for what one append makes go in a full log.
+    pub(super) events: SmallVec<[Arc<Event>; 1]>,
     pub(super) values: Vec<Bytes>,
     pub(super) bytes: usize,
 }
@@ -23,14 +28,17 @@ pub(super) struct Log {
     floor: u64,
     next: u64,
     kept: VecDeque<Kept>,
-    /// The newest of what is kept, by id.
-    ids: HashMap<EventId, u64, foldhash::fast::RandomState>,
+    /// The newest of what is kept: indices by the hash of the id. Of two ids with one hash the newer is known, which no number of
+    /// events makes likely and nobody can bring about, since the hash is seeded at random.
+    known: HashMap<u64, u64, RandomState>,
     /// When it was last appended to or read.
     pub(super) used: u64,
 }
 
 struct Kept {
     event: Arc<Event>,
+    /// Of its id, so that forgetting looks at no event that has gone cold.
+    hash: u64,
     index: u64,
     size: usize,
     since: u64,
@@ -44,7 +52,7 @@ pub(super) struct Appended {
 
 impl Log {
     pub(super) fn new(generation: Generation) -> Self {
-        Self { generation, floor: 0, next: 0, kept: VecDeque::new(), ids: HashMap::default(), used: 0 }
+        Self { generation, floor: 0, next: 0, kept: VecDeque::new(), known: HashMap::default(), used: 0 }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -62,25 +70,39 @@ impl Log {
         self.used = now.turn;
         let mut appended = Appended { events: Vec::with_capacity(events.len()), added: 0 };
         for (event, size) in events.iter().zip(sizes) {
-            if let Some(kept) = self.ids.get(event.id()).and_then(|index| self.at(*index)) {
+            let hash = self.known.hasher().hash_one(event.id());
+            if let Some(kept) = self.known(hash).filter(|kept| kept.event.id() == event.id()) {
                 appended.events.push(kept.event.clone());
                 continue;
             }
             let index = ReplayIndex { generation: self.generation.get(), index: self.next };
             let event = Arc::new(Event::clone(event).with_index(Some(index)));
-            self.ids.insert(event.id().clone(), self.next);
-            self.kept.push_back(Kept { event: event.clone(), index: self.next, size: *size, since: now.millis });
+            self.known.insert(hash, self.next);
+            self.kept.push_back(Kept { event: event.clone(), hash, index: self.next, size: *size, since: now.millis });
             self.next += 1;
             appended.added += size;
             appended.events.push(event);
             if let Some(old) = self.kept.len().checked_sub(bounds.window + 1) {
-                self.ids.remove(self.kept[old].event.id());
+                self.unlearn(self.kept[old].hash, self.kept[old].index);
             }
             if self.kept.len() > bounds.max_events {
                 self.forget_first(gone);
             }
         }
         appended
+    }
+
+    fn known(&self, hash: u64) -> Option<&Kept> {
+        self.at(*self.known.get(&hash)?)
+    }
+
+    /// A repeat of this one is not recognised from now on.
+    fn unlearn(&mut self, hash: u64, index: u64) {
+        if let Entry::Occupied(known) = self.known.entry(hash)
+            && *known.get() == index
+        {
+            known.remove();
+        }
     }
 
     fn place(&self, index: u64) -> usize {
@@ -98,7 +120,7 @@ impl Log {
     }
 
     fn drop_kept(&mut self, kept: Kept, gone: &mut Gone) {
-        self.ids.remove(kept.event.id());
+        self.unlearn(kept.hash, kept.index);
         gone.bytes += kept.size;
         gone.events.push(kept.event);
     }
@@ -149,7 +171,7 @@ impl Log {
     /// A burst gives its memory back once nothing of it is left.
     fn shrink(&mut self) {
         if self.kept.is_empty() && self.kept.capacity() > 16 {
-            (self.kept, self.ids) = (VecDeque::new(), HashMap::default());
+            (self.kept, self.known) = (VecDeque::new(), HashMap::default());
         }
     }
 }

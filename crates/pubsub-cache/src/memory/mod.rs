@@ -6,6 +6,7 @@ mod values;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::mem;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
@@ -14,6 +15,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use pubsub_core::{Deduplication, Error, ErrorKind, Event, Result, Topic, TrimFilter};
+use smallvec::SmallVec;
 use smol_str::SmolStr;
 use tokio::time::Instant;
 
@@ -41,8 +43,8 @@ static NAMED: LazyLock<Mutex<HashMap<SmolStr, Weak<InMemoryServerCache>>>> = Laz
 ///
 /// Bounds are kept when something is put in or read: there is no task and no timer, and a store that is left alone holds what it
 /// had. A log forgets from its oldest end, at `max_events`, and what is older than `max_age`. At `max_bytes` the logs and values that
-/// were used least recently give way first, at `max_topics` and `max_values` likewise. Bytes are those of the JSON of events, and
-/// [measured](pubsub_core::Payload::json_len) once for each, plus 256 for each event and value.
+/// were used least recently give way first, at `max_topics` and `max_values` likewise. Bytes are those of events' data,
+/// [measured](pubsub_core::Payload::size) once for each, and of their metadata, plus 256 for each event and value.
 pub struct InMemoryServerCache {
     bounds: InMemoryBuilder,
     /// Tells this store's generations from those of others.
@@ -122,10 +124,10 @@ impl InMemoryServerCache {
     }
 
     /// What each of these events is taken to need. Writing an event's data is its publisher's code, so no lock is held.
-    fn measure(&self, events: &[Arc<Event>]) -> Result<Vec<usize>> {
+    fn measure(&self, events: &[Arc<Event>]) -> Result<SmallVec<[usize; 1]>> {
         let limit = self.bounds.max_bytes;
         let measure = |event: &Arc<Event>| {
-            let data = event.payload().json_len().map_err(|error| error.on(event.id()))?;
+            let data = event.payload().size().map_err(|error| error.on(event.id()))?;
             let metadata: usize = event.metadata().iter().map(|(key, value)| key.len() + value.len()).sum();
             match data + metadata + OVERHEAD {
                 size if size > limit => Err(Error::new(ErrorKind::TooLarge { size, limit }).on(event.id())),
@@ -142,7 +144,12 @@ impl InMemoryServerCache {
         let append = |log: &mut Log, gone: &mut Gone| {
             log.expire(self.horizon(now), gone);
             let appended = log.append(events, &sizes, now, &self.bounds, gone);
-            self.bytes.fetch_add(appended.added, Ordering::Relaxed);
+            // A full log mostly takes as much as it lets go.
+            match (appended.added, mem::take(&mut gone.bytes)) {
+                (added, gone) if added > gone => self.bytes.fetch_add(added - gone, Ordering::Relaxed),
+                (added, gone) if added < gone => self.bytes.fetch_sub(gone - added, Ordering::Relaxed),
+                _ => 0,
+            };
             appended
         };
         let appended = {
@@ -169,10 +176,11 @@ impl InMemoryServerCache {
     /// destructors of payloads are user code. What was added was counted under its lock: others may have made it go by now, and the
     /// count must not fall below nothing.
     fn account(&self, gone: Gone) {
-        let before = self.bytes.fetch_sub(gone.bytes, Ordering::Relaxed);
-        let left = before - gone.bytes;
+        if gone.bytes > 0 {
+            self.bytes.fetch_sub(gone.bytes, Ordering::Relaxed);
+        }
         drop(gone);
-        if left > self.bounds.max_bytes {
+        if self.bytes() > self.bounds.max_bytes {
             self.evict();
         }
     }

@@ -49,7 +49,7 @@ fn drain(sequence: &mut Sequence) -> (Vec<u64>, u64) {
     let (mut seen, mut lost) = (Vec::new(), 0);
     while let Some(ready) = sequence.pop() {
         lost += ready.lagged;
-        seen.push(ready.place.map_or(u64::MAX, |(_, index)| index));
+        seen.push(ready.generation.and(ready.event.index()).map_or(u64::MAX, |place| place.index));
     }
     (seen, lost)
 }

@@ -311,15 +311,16 @@ impl Spy {
 /// A source that yields what it was given, then what the subscription below yields. Nothing may be left for others to settle.
 struct Scripted {
     first: VecDeque<(Arc<Event>, u32)>,
-    rest: Subscription,
+    rest: Box<dyn Source>,
+    is_group: bool,
 }
 
 impl Source for Scripted {
     fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
-        assert!(mode == AckMode::Auto || self.rest.options().group.is_some(), "what is suppressed would not be settled");
+        assert!(mode == AckMode::Auto || self.is_group, "what is suppressed would not be settled");
         match self.first.pop_front() {
             Some((event, attempt)) => Poll::Ready(Some(Ok(Delivery::settled(event, attempt)))),
-            None => self.rest.poll_delivery(cx, mode),
+            None => self.rest.poll_next(cx, mode),
         }
     }
 }
@@ -394,13 +395,14 @@ impl PubSub for Spy {
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         self.subscribed.lock().push(options.clone());
+        let is_group = options.group.is_some();
         let rest = self.inner.subscribe(topic, options.clone()).await?;
         let mut first: VecDeque<_> = std::mem::take(&mut *self.script.lock()).into();
         if self.sends_backlog.load(Ordering::SeqCst) {
             first.extend(self.published().into_iter().map(|event| (event, 1)));
         }
         let handle = Arc::new(Handle(rest.handle()));
-        Ok(Subscription::new(topic.clone(), options, Box::new(Scripted { first, rest }), handle))
+        Ok(Subscription::new(topic.clone(), options, Box::new(Scripted { first, rest: rest.into_source(), is_group }), handle))
     }
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {

@@ -4,14 +4,19 @@
 //! exhaustion and hold limits, for a fan-out subscription as for a group. It is made of [`InFlight`] and [`RetryQueue`] and
 //! kept on time by a [`Timer`]. [`SettleQueue`] is for backends whose settlements travel.
 
+mod budget;
 mod delivery_queue;
 mod in_flight;
 mod retry_queue;
 mod settle_queue;
 mod timer;
 
+pub use budget::{poll_yield, yield_now_and_then};
 pub use delivery_queue::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, InstanceId, QueueStatus};
 pub use in_flight::InFlight;
 pub use retry_queue::RetryQueue;
 pub use settle_queue::{OpenSettlement, SettleQueue};
 pub use timer::{Due, Timer};
+
+pub use crate::contain::contain;
+pub use crate::delivery::Indexed;

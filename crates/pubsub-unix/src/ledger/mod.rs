@@ -58,6 +58,9 @@ pub(crate) struct Ledger {
     generations: u64,
     leases: Leases,
     clients: Clients,
+    /// Where each topic ended when the broker began.
+    #[serde(skip)]
+    term: HashMap<SmolStr, Place>,
     /// Topics that changed since the broker last asked.
     #[serde(skip)]
     dirty: HashSet<SmolStr, foldhash::fast::RandomState>,
@@ -84,6 +87,7 @@ impl Ledger {
             generations: 0,
             leases: Leases::default(),
             clients: Clients::default(),
+            term: HashMap::default(),
             dirty: HashSet::default(),
         }
     }
@@ -92,6 +96,13 @@ impl Ledger {
     pub(crate) fn foreign(limits: Limits) -> Self {
         let generations = FOREIGN | u64::from(fastrand::u32(..)) << 24;
         Self { generations, ..Self::new(fastrand::u64(..), limits) }
+    }
+
+    /// A broker begins: what is published from now on is of its term.
+    pub(crate) fn begin_term(&mut self) {
+        let begins =
+            self.topics.keys().filter_map(|topic| Some((topic.clone(), self.start(topic, &Begin::Latest, true).ok()?)));
+        self.term = begins.collect();
     }
 
     /// Takes in events that another broker has given out: they are here, whatever has to go for them.
@@ -404,6 +415,11 @@ impl Ledger {
         let scope = self.scope(name);
         let empty = Topic::new(0);
         let topic = self.topics.get(name).unwrap_or(&empty);
+        if *begin == Begin::Term {
+            // A topic that was made or cleared meanwhile is all of it new.
+            let known = self.term.get(name).filter(|place| place.generation == topic.generation);
+            return Ok(known.copied().unwrap_or(Place { generation: topic.generation, offset: 0 }));
+        }
         Ok(Place { generation: topic.generation, offset: topic.start(&scope, begin, or_earliest)? })
     }
 

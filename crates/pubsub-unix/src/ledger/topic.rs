@@ -165,7 +165,8 @@ impl Topic {
     pub(super) fn start(&self, scope: &str, begin: &Begin, or_earliest: bool) -> Result<u64, NoStart> {
         let found = match begin {
             Begin::Latest => Ok(self.next()),
-            Begin::Earliest => Ok(self.floor),
+            // A group has no part in terms: to it everything is new.
+            Begin::Earliest | Begin::Term => Ok(self.floor),
             Begin::Index(index) => self.at(*index),
             Begin::After(cursor) => self.behind(scope, cursor),
         };

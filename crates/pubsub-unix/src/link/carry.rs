@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
+use nix::sys::socket::{getsockopt, sockopt};
 use pubsub_core::{Error, ErrorKind, Status};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
@@ -13,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::{Config, Link, Tongue};
 use crate::abroad::{self, CLOSING};
 use crate::broker::PING;
-use crate::election::{Found, find};
+use crate::election::{Found, find, inode};
 use crate::files::{Register, clock};
 use crate::frame::{self, Decoder, Greeting};
 use crate::node::host::Host;
@@ -53,16 +54,21 @@ pub(super) struct Line {
 impl Line {
     /// Finds the broker or becomes it. None: somebody else is becoming it.
     pub(super) async fn find(&mut self) -> io::Result<Option<UnixStream>> {
-        let Config { paths, limits, patience, max_peer_bytes, sync, .. } = self.config.clone();
+        let Config { paths, entry, limits, patience, max_peer_bytes, sync, .. } = self.config.clone();
         let supersede = std::mem::take(&mut self.supersede);
-        let found =
-            tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
+        let found = tokio::task::spawn_blocking(move || find(&paths, &entry, limits, sync, supersede))
+            .await
+            .map_err(io::Error::other)??;
         match found {
             Found::Broker(stream) => {
+                // In a directory that others may write to, somebody else may have taken the name.
+                if !self.config.entry.trusts(getsockopt(&stream, sockopt::PeerCredentials)?.uid()) {
+                    return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the broker is another user's process"));
+                }
                 Ok(Some(stream))
             }
             Found::Elected(office) => {
-                self.serving = Some(Serving::start(*office, patience, max_peer_bytes)?);
+                self.serving = Some(Serving::start(*office, self.config.entry.clone(), patience, max_peer_bytes)?);
                 UnixStream::connect(&self.config.paths.socket).map(Some) // it listens already
             }
             Found::Busy => Ok(None),
@@ -83,7 +89,9 @@ pub(super) async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: 
                 tokio::select! {
                     talked = &mut talking => match talked {
                         Ok(true) => pause = Duration::ZERO,
-                        Err(error) if error.kind() == io::ErrorKind::InvalidData => foreign = Some(error),
+                        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::PermissionDenied) => {
+                            foreign = Some(error);
+                        }
                         Ok(false) | Err(_) => {}
                     },
                     _ = &mut ended => {
@@ -153,7 +161,10 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
             let host = line.host.get_or_insert_with(|| Host::new(client, limits, patience, clock()));
             host.connected(session, clock());
             link.resume();
-            abroad::talk(&link, host, &mut from, &mut to, decoder.buffer).await?;
+            let name = || inode(&line.config.paths);
+            let named = name();
+            let is_named = || named.is_some() && name() == named;
+            abroad::talk(&link, host, &mut from, &mut to, decoder.buffer, is_named).await?;
             return Ok(true);
         }
         Ok(Ok(Welcome::Foreign)) => return Err(foreign()),
@@ -163,7 +174,7 @@ async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
             return Ok(false);
         }
     };
-    let register = Register::open(&line.config.paths)?;
+    let register = Register::look_at(&line.config.paths, &line.config.entry)?;
     if register.epoch()? != epoch {
         return Ok(false);
     }
@@ -218,6 +229,9 @@ async fn welcome(from: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) 
         match decoder.greeting() {
             Ok(Some(Greeting::Welcome { v: VERSION, epoch })) => return Ok(Welcome::Native(epoch)),
             Ok(Some(Greeting::Subscribed)) => return Ok(Welcome::Foreign),
+            Ok(Some(Greeting::Denied)) => {
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the broker does not serve this user"));
+            }
             Ok(Some(_)) | Err(_) => return Err(foreign()),
             Ok(None) => {}
         }

@@ -12,7 +12,8 @@ use bytes::Bytes;
 use foldhash::{HashMap, HashMapExt};
 use smol_str::SmolStr;
 
-use super::lines::{Said, Stamp, carry, membership, stamped, told, understand};
+use super::lines::{MAX_EVENT, Said, Stamp, carry, membership, stamped, told, understand};
+use crate::frame::Malformed;
 use crate::protocol::{
     Answer, Begin, ClientId, FromBroker, Handed, Place, Query, Reply, Request, Seat, Settling, ToBroker, What,
 };
@@ -98,12 +99,21 @@ impl Guest {
     }
 
     /// The peer said something.
-    pub(crate) fn hear(&mut self, line: &Bytes, stamp: impl FnMut() -> Stamp) {
+    ///
+    /// # Errors
+    /// If it is an event of more than [`MAX_EVENT`]: the connection is to be closed, since the peer can be told in no other way.
+    pub(crate) fn hear(&mut self, line: &Bytes, stamp: impl FnMut() -> Stamp) -> Result<(), Malformed> {
         if let Some(said) = understand(line) {
+            if let Said::Publish(_, event, _) = &said
+                && event.len() > MAX_EVENT
+            {
+                return Err(Malformed::TooLong(event.len()));
+            }
             self.unheard_bytes += line.len();
             self.unheard.push_back(said);
         }
         self.go_on(stamp);
+        Ok(())
     }
 
     /// Whether so much was said that nothing more is to be read for now.
@@ -139,7 +149,7 @@ impl Guest {
             match said {
                 Said::Publish(topic, event, local_only) => {
                     self.heard_bytes(event.len());
-                    let Some(stored) = stamped(&event, stamp()) else { continue };
+                    let Some(stored) = stamped(&topic, &event, stamp()) else { continue };
                     if local_only {
                         self.echo(&topic, &stored);
                         continue;
@@ -150,7 +160,7 @@ impl Guest {
                         && let Some(Said::Publish(next, event, false)) = self.unheard.front()
                         && *next == topic
                     {
-                        let stored = stamped(event, stamp());
+                        let stored = stamped(&topic, event, stamp());
                         let length = event.len();
                         self.unheard.pop_front();
                         self.heard_bytes(length);
@@ -326,5 +336,145 @@ impl Guest {
     /// What is to be written to the peer.
     pub(crate) fn lines(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.lines)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use pubsub_core::{EventId, Timestamp};
+    use serde_json::Value;
+
+    use super::*;
+    use crate::broker::{Broker, ConnId, Patience};
+    use crate::frame;
+    use crate::ledger::{Ledger, Limits};
+
+    fn stamp() -> Stamp {
+        Stamp { id: EventId::random(), created_at: Timestamp::from_millis(0).unwrap() }
+    }
+
+    /// A broker, and guests that are its peers by their places.
+    struct Inn {
+        broker: Broker,
+        guests: Vec<Guest>,
+        is_full: bool,
+    }
+
+    impl Inn {
+        fn new(count: u64) -> Self {
+            let limits = Limits { max_events: 100, max_bytes: 1 << 20 };
+            let patience = Patience { absent: 250, silent: 10_000 };
+            let mut broker = Broker::new(Ledger::new(7, limits), patience, 0);
+            let guests = (0..count).map(|client| {
+                assert_eq!(broker.connected(client, client, 1, 0), Ok(None));
+                Guest::new(client)
+            });
+            let guests = guests.collect();
+            Self { broker, guests, is_full: false }
+        }
+
+        fn says(&mut self, guest: usize, line: &str) {
+            self.guests[guest].hear(&Bytes::from(line.to_owned()), stamp).unwrap();
+        }
+
+        /// Lets all of them have their say, and returns what each was told.
+        fn settle(&mut self) -> Vec<Vec<Value>> {
+            let mut told = vec![Vec::new(); self.guests.len()];
+            for _ in 0..8 {
+                for (conn, guest) in self.guests.iter_mut().enumerate() {
+                    for frame in guest.frames() {
+                        let mut bytes = Vec::new();
+                        frame::encode(&frame, &mut bytes).unwrap();
+                        let body = Bytes::from(bytes).slice(frame::HEADER..);
+                        self.broker.received(conn as ConnId, body, 1).unwrap();
+                    }
+                }
+                let is_full = self.is_full;
+                let turn = self.broker.turn(1, |_| if is_full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) });
+                for (conn, frame) in turn.frames {
+                    self.guests[usize::try_from(conn).unwrap()].told(frame, stamp);
+                }
+                for (guest, told) in self.guests.iter_mut().zip(&mut told) {
+                    let lines = guest.lines();
+                    let lines = lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+                    told.extend(lines.map(|line| serde_json::from_slice::<Value>(line).unwrap()));
+                    guest.written();
+                }
+            }
+            told
+        }
+    }
+
+    fn types(told: &[Value]) -> Vec<&str> {
+        told.iter().filter_map(|line| line["event"]["type"].as_str()).collect()
+    }
+
+    #[test]
+    fn an_event_that_would_not_travel_ends_the_connection() {
+        let long = |length: usize| {
+            Bytes::from(format!(r#"{{"type":"publish","topic":"t","event":{{"data":"{}"}}}}"#, "x".repeat(length)))
+        };
+        assert!(Guest::new(1).hear(&long(MAX_EVENT - 100), stamp).is_ok());
+        assert!(matches!(Guest::new(1).hear(&long(MAX_EVENT), stamp), Err(Malformed::TooLong(_))));
+    }
+
+    #[test]
+    fn who_subscribes_and_then_publishes_hears_himself_and_in_that_order_only() {
+        let mut inn = Inn::new(1);
+        inn.says(0, r#"{"type":"publish","topic":"t","event":{"type":"before"}}"#);
+        inn.says(0, r#"{"type":"subscribe","topic":"t"}"#);
+        inn.says(0, r#"{"type":"publish","topic":"t","event":{"type":"after"}}"#);
+        inn.says(0, r#"{"type":"publish","topic":"t","event":{"type":"own"},"localOnly":true}"#);
+        let told = &inn.settle()[0];
+        assert_eq!(told[0]["type"], "subscribed");
+        assert_eq!(types(told), ["own", "after"], "what is local is not in the log");
+    }
+
+    #[test]
+    fn what_cannot_be_written_waits_and_keeps_its_order() {
+        let mut inn = Inn::new(2);
+        inn.says(1, r#"{"type":"subscribe","topic":"t"}"#);
+        inn.settle();
+        inn.is_full = true;
+        for number in 0..600 {
+            inn.says(0, &format!(r#"{{"type":"publish","topic":"t","event":{{"type":"{number}"}}}}"#));
+        }
+        assert!(inn.settle()[1].is_empty());
+        assert!(inn.guests[0].has_to_retry() && inn.guests[0].is_behind(), "nothing more is read from it");
+        inn.is_full = false;
+        let mut heard = Vec::new();
+        for _ in 0..20 {
+            inn.guests[0].retry();
+            let told = inn.settle();
+            heard.extend(types(&told[1]).into_iter().map(str::to_owned));
+        }
+        // The topic keeps a hundred, and a subscription that reads on sees the order whatever it misses.
+        let numbers: Vec<u32> = heard.iter().map(|number| number.parse().unwrap()).collect();
+        assert!(numbers.is_sorted() && numbers.last() == Some(&599), "{numbers:?}");
+        assert!(!inn.guests[0].is_behind());
+    }
+
+    #[test]
+    fn a_group_hands_each_event_to_one_and_goes_on_without_who_leaves() {
+        let mut inn = Inn::new(3);
+        for guest in [0, 1] {
+            inn.says(guest, r#"{"type":"subscribe","topic":"t","group":"g"}"#);
+        }
+        inn.settle();
+        let publish = |inn: &mut Inn| inn.says(2, r#"{"type":"publish","topic":"t","event":{"type":"x"}}"#);
+        let mut counts = [0, 0];
+        for _ in 0..10 {
+            publish(&mut inn);
+            let told = inn.settle();
+            counts[0] += types(&told[0]).len();
+            counts[1] += types(&told[1]).len();
+        }
+        assert_eq!(counts, [5, 5], "in turn");
+        inn.says(0, r#"{"type":"unsubscribe","topic":"t","group":"g"}"#);
+        publish(&mut inn);
+        let told = inn.settle();
+        assert_eq!((&told[0][0]["type"], types(&told[0]).len(), types(&told[1])), (&Value::from("unsubscribed"), 0, vec!["x"]));
     }
 }

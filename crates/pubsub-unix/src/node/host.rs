@@ -109,7 +109,11 @@ impl Host {
             ToBroker::Ask { id, query } => self.ask(id, query, clock),
             // It ends with its connection.
             ToBroker::Bye => {}
-            frame @ (ToBroker::Cancel { .. } | ToBroker::Ping) => self.say(&frame, clock),
+            ToBroker::Cancel { id } => {
+                self.inspected.remove(&id);
+                self.say(&ToBroker::Cancel { id }, clock);
+            }
+            ToBroker::Ping => self.say(&ToBroker::Ping, clock),
         }
         Ok(())
     }
@@ -127,13 +131,16 @@ impl Host {
         let answer = |answer| FromBroker::Answer { number, answer };
         let request = match request {
             Request::Publish { topic, events, .. } => {
-                for event in events.iter() {
-                    match offered(&event) {
-                        Some(event) => carry("publish", &topic, None, &event, &mut self.lines),
-                        None => tracing::warn!(%topic, "an event that TypeScript peers could not read is not published"),
+                let offered: Option<Vec<_>> = events.iter().map(|event| offered(&topic, &event)).collect();
+                match offered {
+                    Some(events) => {
+                        events.iter().for_each(|event| carry("publish", &topic, None, event, &mut self.lines));
+                        self.said.push(Awaited::Publish(number));
                     }
+                    None => self
+                        .frames
+                        .push(answer(Answer::Failed("it is too long, or nested too deeply, to be told in lines".into()))),
                 }
-                self.said.push(Awaited::Publish(number));
                 return;
             }
             // Fan-out: what a topic is followed for.
@@ -156,7 +163,7 @@ impl Host {
                 for settling in &mut settled {
                     if let What::Bury(letter) = &mut settling.what
                         && let Some((topic, letter)) = letter.take()
-                        && let Some(event) = offered(&letter)
+                        && let Some(event) = offered(&topic, &letter)
                     {
                         carry("publish", &topic, None, &event, &mut self.lines);
                         letters = true;
@@ -245,7 +252,7 @@ impl Host {
                 waiting.iter().for_each(|frame| self.say(frame, clock));
             }
             Some(Said::Event(topic, group, event)) => {
-                let Some(stored) = delivered(&event) else {
+                let Some(stored) = delivered(&topic, &event) else {
                     tracing::warn!(%topic, "what is no event is passed over");
                     return;
                 };
@@ -291,5 +298,89 @@ impl Host {
             self.probes.push_back(std::mem::take(&mut self.said));
         }
         std::mem::take(&mut self.lines)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Begin, Place};
+    use crate::record::Stored;
+
+    fn said(host: &mut Host, frame: &ToBroker) {
+        let mut bytes = Vec::new();
+        frame::encode(frame, &mut bytes).unwrap();
+        host.hear(&Bytes::from(bytes).slice(frame::HEADER..), 1).unwrap();
+    }
+
+    fn lines(host: &mut Host) -> Vec<String> {
+        let lines = String::from_utf8(host.lines()).unwrap();
+        lines.lines().map(str::to_owned).collect()
+    }
+
+    fn host() -> Host {
+        let limits = Limits { max_events: 10, max_bytes: 1 << 20 };
+        let mut host = Host::new(5, limits, Patience { absent: 250, silent: 10_000 }, 0);
+        host.connected(1, 0);
+        host
+    }
+
+    fn publish(number: u64) -> ToBroker {
+        let event = Stored::text("e", br#"{"type":"x","id":"e","createdAt":"1970-01-01T00:00:00.000Z"}"#);
+        ToBroker::Call(Call { number, below: 1, request: Request::publish_one("t".into(), event) })
+    }
+
+    fn start(id: u64) -> ToBroker {
+        ToBroker::Ask { id, query: Query::Start { topic: "t".into(), begin: Begin::Latest, or_earliest: true } }
+    }
+
+    #[test]
+    fn a_publish_is_taken_when_the_broker_answers_what_was_said_after_it() {
+        let mut host = host();
+        said(&mut host, &publish(1));
+        said(&mut host, &publish(2));
+        let written = lines(&mut host);
+        assert_eq!(written.len(), 3);
+        assert_eq!(written[2], r#"{"type":"subscribe","topic":"pubsub.probe"}"#);
+        assert!(host.turn(2).0.is_empty(), "nothing is known yet");
+        host.told(&Bytes::from_static(br#"{"type":"subscribed","topic":"pubsub.probe"}"#), 2);
+        let answered = host.turn(3).0;
+        assert!(
+            matches!(answered[..], [FromBroker::Answer { number: 1, .. }, FromBroker::Answer { number: 2, .. }]),
+            "{answered:?}"
+        );
+        // What was not answered when the connection broke is not answered by the next one.
+        said(&mut host, &publish(3));
+        lines(&mut host);
+        host.connected(2, 3);
+        host.told(&Bytes::from_static(br#"{"type":"subscribed","topic":"pubsub.probe"}"#), 4);
+        assert!(host.turn(5).0.is_empty());
+    }
+
+    #[test]
+    fn a_subscription_begins_when_the_broker_says_so_and_is_made_again_on_each_connection() {
+        let mut host = host();
+        said(&mut host, &start(7));
+        assert_eq!(lines(&mut host), [r#"{"type":"subscribe","topic":"t"}"#]);
+        assert!(host.turn(2).0.is_empty());
+        host.told(&Bytes::from_static(br#"{"type":"subscribed","topic":"t"}"#), 2);
+        let answered = host.turn(3).0;
+        let [FromBroker::Reply { id: 7, reply: Reply::Start(Ok(place)) }] = answered[..] else { panic!("{answered:?}") };
+        assert!(place.is_foreign());
+        host.connected(2, 3);
+        assert_eq!(lines(&mut host), [r#"{"type":"subscribe","topic":"t"}"#]);
+        let read = ToBroker::Ask { id: 8, query: Query::Read { topic: "t".into(), from: place, most: 9 } };
+        said(&mut host, &read);
+        let event = br#"{"type":"event","topic":"t","event":{"type":"x","id":"1","createdAt":{"__m_codec__":"Date","v":"2026-01-02T03:04:05.006Z"}}}"#;
+        host.told(&Bytes::from_static(event), 4);
+        let answered = host.turn(5).0;
+        assert!(
+            matches!(&answered[..], [FromBroker::Reply { id: 8, reply: Reply::Stretch(stretch) }] if stretch.offsets.len() == 1)
+        );
+        // The last who followed has gone.
+        let seat = Seat { topic: "t".into(), group: SmolStr::default(), member: 0 };
+        said(&mut host, &ToBroker::Call(Call { number: 9, below: 9, request: Request::Leave { seat, heard: 0 } }));
+        assert_eq!(lines(&mut host), [r#"{"type":"unsubscribe","topic":"t"}"#]);
+        assert_ne!(place, Place::default());
     }
 }

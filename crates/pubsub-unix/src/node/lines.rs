@@ -1,16 +1,21 @@
 //! The tongue of TypeScript peers: one JSON object a line, of at most 64 MiB.
 
 use bytes::{Bytes, BytesMut};
-use pubsub_core::{Timestamp, Topic};
-use serde::Deserialize;
+use pubsub_core::{EventId, Timestamp, Topic};
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use smol_str::SmolStr;
-use uuid::Uuid;
 
 use super::envelope::{Envelope, TAG, escaped};
 use super::text::Json;
 use crate::frame::{MAX_FRAME, Malformed};
-use crate::record::Stored;
+use crate::record::{Stored, event_id};
+
+/// The longest event that a TypeScript peer may publish: one that travels in frames as well, with others.
+pub(crate) const MAX_EVENT: usize = 32 << 20;
+
+/// How much of a line is not its event.
+const WRAPPING: usize = 4096;
 
 /// Cuts a stream of bytes into lines.
 #[derive(Debug, Default)]
@@ -138,11 +143,23 @@ fn string(text: &str, out: &mut Vec<u8>) {
     serde_json::to_writer(out, text).expect("text is JSON");
 }
 
-/// What a broker gives an event that a TypeScript peer published.
-#[derive(Debug, Clone, Copy)]
+/// Who an event is, and since when.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stamp {
-    pub(crate) id: Uuid,
+    pub(crate) id: EventId,
     pub(crate) created_at: Timestamp,
+}
+
+/// The field in which an event of ours says who it was when it was published, since a TypeScript broker stamps it anew; with its topic,
+/// so that nobody's copy of it is taken for the event itself.
+const STAMP: &str = "stamp";
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OwnStamp {
+    id: String,
+    created_at: String,
+    topic: String,
 }
 
 /// The members of an event in the order they came; none if it is no object, or its keys are not text.
@@ -181,42 +198,58 @@ fn member(key: &str, value: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(value.as_bytes());
 }
 
-/// An event that a TypeScript peer published, as it is kept: with the broker's stamp, as a broker of theirs would stamp it.
-pub(crate) fn stamped(event: &[u8], stamp: Stamp) -> Option<Stored> {
-    kept(event, |_| Some(stamp))
+/// An event that was published in lines, as it is kept: with its own stamp if it has one, or this one.
+pub(crate) fn stamped(topic: &str, event: &[u8], stamp: Stamp) -> Option<Stored> {
+    kept(topic, event, |_| Some(stamp))
 }
 
 /// An event that a TypeScript broker delivered, as it is kept. None if it lacks what a broker stamps.
-pub(crate) fn delivered(event: &[u8]) -> Option<Stored> {
-    kept(event, |members| {
-        let find = |name: &str| members.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.get());
-        let id = serde_json::from_str::<String>(find("id")?).ok()?.parse().ok()?;
-        let created_at = match Envelope::of(&Json::parse(find("createdAt")?)?)? {
+pub(crate) fn delivered(topic: &str, event: &[u8]) -> Option<Stored> {
+    kept(topic, event, |members| {
+        let id = serde_json::from_str::<String>(find(members, "id")?).ok()?;
+        let created_at = match Envelope::of(&Json::parse(find(members, "createdAt")?)?)? {
             Envelope::Date(date) => Timestamp::parse(&date.as_text()?).ok()?,
             _ => return None,
         };
-        Some(Stamp { id, created_at })
+        Some(Stamp { id: EventId::new(id).ok()?, created_at })
     })
 }
 
-fn kept(event: &[u8], stamp: impl FnOnce(&[(String, &RawValue)]) -> Option<Stamp>) -> Option<Stored> {
+fn find<'a>(members: &[(String, &'a RawValue)], name: &str) -> Option<&'a str> {
+    members.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.get())
+}
+
+/// The stamp that an event brought along, if it is that of an event of this topic.
+fn own_stamp(topic: &str, members: &[(String, &RawValue)]) -> Option<Stamp> {
+    let own: OwnStamp = serde_json::from_str(find(members, STAMP)?).ok()?;
+    let stamp = Stamp { id: EventId::new(own.id).ok()?, created_at: Timestamp::parse(&own.created_at).ok()? };
+    (own.topic == topic).then_some(stamp)
+}
+
+fn kept(topic: &str, event: &[u8], stamp: impl FnOnce(&[(String, &RawValue)]) -> Option<Stamp>) -> Option<Stored> {
     let members = members(event)?;
-    let Stamp { id, created_at } = stamp(&members)?;
+    let own = own_stamp(topic, &members);
+    let has_own = own.is_some();
+    let Stamp { id, created_at } = own.or_else(|| stamp(&members))?;
     let mut json = Vec::with_capacity(event.len() + 96);
     json.push(b'{');
     // What comes twice counts as it came last, like in JavaScript, and would not be read at all here.
     let is_last = |at: usize, key: &str| members[at + 1..].iter().all(|(later, _)| later != key);
     for (at, (key, value)) in members.iter().enumerate() {
         // An event as a whole is no envelope, whatever it has in it.
-        let is_ours = matches!(key.as_str(), "id" | "createdAt" | "deliveryAttempt" | TAG);
+        let is_ours = matches!(key.as_str(), "id" | "createdAt" | "deliveryAttempt" | TAG) || (has_own && key == STAMP);
         if !is_ours && !is_undefined_envelope(value) && is_last(at, key) {
             member(key, value.get(), &mut json);
         }
     }
-    member("id", &format!("\"{}\"", id.hyphenated()), &mut json);
-    member("createdAt", &format!("\"{created_at}\""), &mut json);
+    member("id", &quoted(&id.to_string()), &mut json);
+    member("createdAt", &quoted(&created_at.to_string()), &mut json);
     json.push(b'}');
-    Some(Stored::of_json(id, created_at, &json))
+    Some(Stored::of_json(&id, created_at, &json))
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::to_string(text).expect("text is JSON")
 }
 
 fn is_undefined_envelope(raw: &RawValue) -> bool {
@@ -226,6 +259,15 @@ fn is_undefined_envelope(raw: &RawValue) -> bool {
 
 /// A kept event as a TypeScript subscriber is told it, at this attempt.
 pub(crate) fn told(stored: &Stored, attempt: u32) -> Option<Vec<u8>> {
+    written(stored, attempt, None)
+}
+
+/// An event of ours as it is published in lines. A TypeScript broker will stamp it anew; its own stamp it takes along.
+pub(crate) fn offered(topic: &str, stored: &Stored) -> Option<Vec<u8>> {
+    written(stored, 1, Some(topic))
+}
+
+fn written(stored: &Stored, attempt: u32, topic: Option<&str>) -> Option<Vec<u8>> {
     let json = if stored.is_tagged() { stored.shared_json() } else { escaped(&stored.shared_json())? };
     let mut event = Vec::with_capacity(json.len() + 96);
     event.push(b'{');
@@ -233,17 +275,20 @@ pub(crate) fn told(stored: &Stored, attempt: u32) -> Option<Vec<u8>> {
         match key.as_str() {
             "createdAt" => member(&key, &format!(r#"{{"__m_codec__":"Date","v":{}}}"#, value.get()), &mut event),
             "deliveryAttempt" => {}
+            STAMP if topic.is_some() => {}
             _ => member(&key, value.get(), &mut event),
         }
     }
     member("deliveryAttempt", &attempt.to_string(), &mut event);
+    if let Some(topic) = topic {
+        let created_at = Timestamp::from_millis(stored.created_at()).ok()?;
+        let id = event_id(&stored.id()).to_string();
+        let own = OwnStamp { id, created_at: created_at.to_string(), topic: topic.to_owned() };
+        member(STAMP, &serde_json::to_string(&own).expect("plain data is JSON"), &mut event);
+    }
     event.push(b'}');
-    Some(event)
-}
-
-/// An event of ours as it is published to a TypeScript broker. It will be stamped anew.
-pub(crate) fn offered(stored: &Stored) -> Option<Vec<u8>> {
-    told(stored, 1)
+    // A longer line would end the connection of whoever is told it.
+    (event.len() <= MAX_FRAME - WRAPPING).then_some(event)
 }
 
 #[cfg(test)]
@@ -254,7 +299,8 @@ mod tests {
     use super::*;
 
     fn stamp() -> Stamp {
-        Stamp { id: Uuid::from_u128(7), created_at: Timestamp::from_millis(1_700_000_000_123).unwrap() }
+        let id = uuid::Uuid::from_u128(7).into();
+        Stamp { id, created_at: Timestamp::from_millis(1_700_000_000_123).unwrap() }
     }
 
     #[test]
@@ -297,7 +343,7 @@ mod tests {
             "type": "x", "id": "mine", "createdAt": 1, "deliveryAttempt": 9, "runId": "r", "data": {"d": date, "u": undefined},
             "spanId": date, "gone": undefined,
         });
-        let stored = stamped(sent.to_string().as_bytes(), stamp()).unwrap();
+        let stored = stamped("t", sent.to_string().as_bytes(), stamp()).unwrap();
         assert!(stored.is_tagged());
         let kept: Value = serde_json::from_slice(stored.json()).unwrap();
         let id = "00000000-0000-0000-0000-000000000007";
@@ -309,9 +355,24 @@ mod tests {
         let told_as: Value = serde_json::from_slice(&told(&stored, 3).unwrap()).unwrap();
         let created = json!({"__m_codec__": "Date", "v": "2023-11-14T22:13:20.123Z"});
         assert_eq!((&told_as["createdAt"], &told_as["deliveryAttempt"], &told_as["data"]["d"]), (&created, &json!(3), &date));
-        let again = delivered(told_as.to_string().as_bytes()).unwrap();
+        let again = delivered("t", told_as.to_string().as_bytes()).unwrap();
         assert_eq!((again.id(), again.created_at()), (stored.id(), stored.created_at()));
         assert_eq!(serde_json::from_slice::<Value>(again.json()).unwrap(), kept);
+    }
+
+    #[test]
+    fn an_event_of_ours_stays_itself_under_a_broker_that_stamps_it_anew() {
+        let json = br#"{"type":"x","data":1,"id":"mine","createdAt":"1970-01-01T00:00:00.000Z"}"#;
+        let offered = offered("t", &Stored::text("mine", json)).unwrap();
+        let mut stamped: Value = serde_json::from_slice(&offered).unwrap();
+        stamped["id"] = "theirs".into();
+        stamped["createdAt"] = json!({"__m_codec__": "Date", "v": "2026-01-02T03:04:05.006Z"});
+        let kept = |topic: &str| delivered(topic, stamped.to_string().as_bytes()).unwrap();
+        let same: Value = serde_json::from_slice(kept("t").json()).unwrap();
+        assert_eq!(same, serde_json::from_slice::<Value>(json).unwrap());
+        assert_eq!((event_id(&kept("t").id()).to_string(), kept("t").created_at()), ("mine".into(), 0));
+        // Passed on to another topic it is another event.
+        assert_eq!(event_id(&kept("other").id()).to_string(), "theirs");
     }
 
     #[test]

@@ -27,7 +27,7 @@ impl<'a> Json<'a> {
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
         match self {
             Self::Text(raw) | Self::Number(raw) | Self::Literal(raw) => out.extend_from_slice(raw.as_bytes()),
-            Self::Array(values) => list(out, b"[]", values, |value, out| value.write(out)),
+            Self::Array(values) => list(out, b"[]", values, Json::write),
             Self::Object(members) => list(out, b"{}", members, |(key, value), out| {
                 out.extend_from_slice(key.as_bytes());
                 out.push(b':');

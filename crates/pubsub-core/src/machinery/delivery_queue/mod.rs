@@ -3,6 +3,8 @@
 //! Work is assigned when a member asks, so a member that never asks holds nothing back. Lock order: a backend's own locks,
 //! then the queue's state; nothing else is locked under the state, and wakers, sinks and timers are called without it.
 
+mod aftermath;
+mod entry;
 mod member;
 mod settle;
 mod state;
@@ -10,10 +12,9 @@ mod state;
 use std::collections::VecDeque;
 use std::fmt;
 use std::mem;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -21,160 +22,25 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+pub use self::aftermath::Aftermath;
+use self::aftermath::{discard, wake};
+pub use self::entry::Entry;
 use self::member::{Hand, Holder, Membership, QueueSource};
 use self::state::{Chores, Local, Rare, State};
 use super::{Due, Timer};
-use crate::delivery::Extras;
 use crate::{
-    AckMode, Delivery, Event, Group, GroupStatus, Position, Receipt, Result, Scope, SubscribeOptions, Subscription,
-    SubscriptionStatus, Timestamp, Topic,
+    AckMode, Delivery, Event, Group, GroupStatus, Receipt, Result, SubscribeOptions, Subscription, SubscriptionStatus,
+    Timestamp, Topic,
 };
 
 /// Which instance of a bus a member belongs to: members of one queue may belong to several.
 pub type InstanceId = u64;
-
-/// What pushing leaves to be done once the caller holds no lock of its own: consumers to wake, and entries that were lost to be
-/// dropped. Both run code that is not the queue's. Dropping it does it.
-#[derive(Default)]
-pub struct Aftermath {
-    waker: Option<Waker>,
-    more: Option<Box<More>>,
-}
-
-/// What most pushes leave nothing of.
-#[derive(Default)]
-struct More {
-    wakers: Vec<Waker>,
-    /// Queues for whose room publishers may wait in vain.
-    roomy: Vec<Arc<DeliveryQueue>>,
-    lost: Vec<Entry>,
-}
-
-impl Aftermath {
-    /// Nothing yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Does what is to be done; to be called where no lock is held.
-    #[inline]
-    pub fn finish(self) {}
-
-    fn more(&mut self) -> &mut More {
-        self.more.get_or_insert_default()
-    }
-
-    fn wake(&mut self, waker: Waker) {
-        match self.waker {
-            None => self.waker = Some(waker),
-            Some(_) => self.more().wakers.push(waker),
-        }
-    }
-
-    fn lose(&mut self, entry: Entry) {
-        self.more().lost.push(entry);
-    }
-
-    /// Drops an event where no lock is held, too: its payload's destructor is its publisher's code.
-    pub fn drop_later(&mut self, event: Arc<Event>) {
-        self.lose(Entry::new(event));
-    }
-}
-
-impl Drop for Aftermath {
-    #[inline]
-    fn drop(&mut self) {
-        if let Some(waker) = self.waker.take() {
-            wake(waker);
-        }
-        if let Some(more) = self.more.take() {
-            more.wakers.into_iter().for_each(wake);
-            more.roomy.into_iter().for_each(|queue| queue.room.notify_waiters());
-            discard(more.lost);
-        }
-    }
-}
-
-impl fmt::Debug for Aftermath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (wakers, lost) = self.more.as_ref().map_or((0, 0), |more| (more.wakers.len(), more.lost.len()));
-        let wakers = wakers + usize::from(self.waker.is_some());
-        f.debug_struct("Aftermath").field("wakers", &wakers).field("lost", &lost).finish()
-    }
-}
 
 /// Where exhausted deliveries go.
 pub trait DeadLetterSink: Send + Sync + 'static {
     /// Takes a dead letter for a topic. `None` means it has been taken; a future is run by the queue, and until it ends the
     /// delivery it came from counts as unsettled.
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>>;
-}
-
-/// An event on its way into a queue. Clones share what is said about it.
-#[derive(Debug, Clone)]
-pub struct Entry {
-    event: Arc<Event>,
-    attempt: u32,
-    extras: Option<Arc<Extras>>,
-}
-
-impl Entry {
-    /// An event at its first attempt, for any instance, retained nowhere.
-    #[inline]
-    pub fn new(event: Arc<Event>) -> Self {
-        Self { event, attempt: 1, extras: None }
-    }
-
-    /// Sets its attempt: a server has counted.
-    #[must_use]
-    pub fn attempt(mut self, attempt: u32) -> Self {
-        self.attempt = attempt;
-        self
-    }
-
-    /// Adds where it stands in its topic, where that is retained.
-    #[must_use]
-    pub fn at(mut self, scope: Arc<Scope>, position: impl Into<Position>) -> Self {
-        self.extras().place = Some((scope, position.into()));
-        self
-    }
-
-    /// Where it stands in its topic.
-    pub fn position(&self) -> Option<Position> {
-        self.extras.as_ref()?.place.as_ref().map(|(_, position)| *position)
-    }
-
-    /// Makes it local to one instance.
-    #[must_use]
-    pub fn only(mut self, instance: InstanceId) -> Self {
-        self.extras().only = Some(instance);
-        self
-    }
-
-    fn is_only_for(&self) -> Option<InstanceId> {
-        self.extras.as_ref()?.only
-    }
-
-    /// How many were lost right before it.
-    fn lagged(&self) -> u64 {
-        self.extras.as_ref().map_or(0, |extras| extras.lagged)
-    }
-
-    fn after_losing(mut self, lagged: u64) -> Self {
-        if lagged != self.lagged() {
-            self.extras().lagged = lagged;
-        }
-        self
-    }
-
-    fn extras(&mut self) -> &mut Extras {
-        Arc::make_mut(self.extras.get_or_insert_default())
-    }
-
-    /// The delivery of this entry that is settled by being handed over.
-    fn settled(self) -> Delivery {
-        Delivery::settled(self.event, self.attempt).with_extras(self.extras)
-    }
 }
 
 /// A queue's contents, counted.
@@ -346,7 +212,9 @@ impl DeliveryQueue {
         self.capacity.fetch_max(capacity, Ordering::Relaxed);
         self.lossy.store(true, Ordering::Relaxed);
         // It makes no publisher wait any more.
-        aftermath.more().roomy.extend(self.me.upgrade());
+        if let Some(me) = self.me.upgrade() {
+            aftermath.make_room(me);
+        }
     }
 
     /// Whether it has ended: it takes and gives nothing more.
@@ -662,24 +530,6 @@ impl fmt::Debug for DeliveryQueue {
             .field("group", &self.group)
             .field("status", &self.status())
             .finish_non_exhaustive()
-    }
-}
-
-/// Wakes a consumer, which runs its executor's code: a panic there concerns neither the others nor whoever has to wake them.
-fn wake(waker: Waker) {
-    if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
-        tracing::error!("a consumer's waker panicked");
-    }
-}
-
-/// Drops entries, of which a payload's destructor may make anything: a panic of one concerns neither the others nor whoever has
-/// to let go of them.
-fn discard(entries: impl IntoIterator<Item = Entry>) {
-    for entry in entries {
-        let id = entry.event.id().clone();
-        if catch_unwind(AssertUnwindSafe(|| drop(entry))).is_err() {
-            tracing::error!(event = %id, "the destructor of a payload panicked");
-        }
     }
 }
 

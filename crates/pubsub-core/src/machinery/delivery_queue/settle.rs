@@ -1,6 +1,5 @@
 //! What consumers do with deliveries, and what time does to them.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
@@ -8,6 +7,7 @@ use tokio::time::Instant;
 
 use super::state::{Chores, Held, Letter};
 use super::{DeliveryQueue, Entry};
+use crate::contain::contain;
 use crate::machinery::Due;
 use crate::retry::MAX_DURATION;
 use crate::{Receipt, Settled, Settlement, dead_letter};
@@ -76,9 +76,8 @@ impl DeliveryQueue {
             return Receipt::ready(Settled::Done);
         };
         let letter = dead_letter(&event, &self.topic, group, attempts, &reason);
-        let take = AssertUnwindSafe(|| self.sink.take(&target, letter));
-        let Some(taking) = catch_unwind(take).unwrap_or_else(|_| {
-            tracing::error!(topic = %target, event = %event.id(), "a dead-letter sink panicked");
+        let Some(taking) = contain(|| self.sink.take(&target, letter)).unwrap_or_else(|panic| {
+            tracing::error!(topic = %target, event = %event.id(), %panic, "a dead-letter sink panicked");
             None
         }) else {
             self.buried();
