@@ -10,8 +10,8 @@ use pubsub_core::{Cursor, Scope, TrimFilter, wire};
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::{STRETCH_BYTES, STRETCH_LEAST};
 use super::group::{HandedOver, Seated};
+use super::{STRETCH_BYTES, STRETCH_LEAST};
 use crate::protocol::{Begin, ClientId, GroupState, NoStart, Offsets, Place, Stretch, Take};
 use crate::record::{Run, Stored};
 
