@@ -356,7 +356,7 @@ impl Member {
             idle.as_mut().enable();
             {
                 let mut state = self.state.lock();
-                if state.held.len() == 0 {
+                if state.held.is_empty() {
                     return;
                 }
                 state.idle_wanted = true;
@@ -366,7 +366,7 @@ impl Member {
     }
 
     fn ring_if_idle(&self, state: &mut State) {
-        if state.idle_wanted && state.held.len() == 0 {
+        if state.idle_wanted && state.held.is_empty() {
             state.idle_wanted = false;
             self.idle.notify_waiters();
         }

@@ -53,12 +53,12 @@ impl Topic {
     /// Appends an event, unless it is here already. Returns its offset.
     pub(super) fn append(&mut self, event: Stored) -> u64 {
         let (offset, key) = (self.next(), self.key(&event));
-        if let Some(known) = self.ids.insert(key, offset) {
-            if self.at_offset(known).is_some_and(|kept| kept.id_bytes() == event.id_bytes()) {
-                self.ids.insert(key, known);
-                return known;
-            }
-            // Of two ids with one hash, the newer is the one that is recognised.
+        // Of two ids with one hash, the newer is the one that is recognised.
+        if let Some(known) = self.ids.insert(key, offset)
+            && self.at_offset(known).is_some_and(|kept| kept.id_bytes() == event.id_bytes())
+        {
+            self.ids.insert(key, known);
+            return known;
         }
         self.bytes += event.len();
         self.events.push_back(Some(event));
@@ -199,12 +199,10 @@ impl Topic {
         let offset = if from.generation == self.generation { from.offset } else { 0 };
         let lagged = self.floor.saturating_sub(offset);
         let (mut offsets, mut events, mut bytes, mut next) = (Offsets::default(), Run::default(), 0, offset.max(self.floor));
-        let mut count = 0;
-        for (offset, stored) in self.from(offset).take(most.max(1) as usize) {
+        for (count, (offset, stored)) in self.from(offset).take(most.max(1) as usize).enumerate() {
             if count >= STRETCH_LEAST && bytes + stored.len() > STRETCH_BYTES {
                 break;
             }
-            count += 1;
             bytes += stored.len();
             next = offset + 1;
             offsets.push(offset);
