@@ -34,6 +34,9 @@ pub(crate) const MAX_GROUPS: usize = 1024;
 pub(crate) const STRETCH_BYTES: u64 = 64 << 10;
 pub(crate) const STRETCH_LEAST: usize = 4;
 
+/// The same of one page of a topic's history, which is asked for as a whole.
+const PAGE_BYTES: u64 = 1 << 20;
+
 /// What topics keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Limits {
@@ -388,7 +391,7 @@ impl Ledger {
                 let stretch = self.start(topic, begin, false).map(|from| {
                     let (offsets, events) = (Offsets::default(), Run::default());
                     let nothing = || Stretch { bus: self.scope(topic), offsets, events, lagged: 0, next: from };
-                    kept.and_then(|kept| kept.read(self.scope(topic), from, *most)).unwrap_or_else(nothing)
+                    kept.and_then(|kept| kept.read(self.scope(topic), from, *most, PAGE_BYTES)).unwrap_or_else(nothing)
                 });
                 let (floor, head) = kept.map_or((None, None), Topic::ends);
                 Reply::Page { stretch, floor, head }
@@ -424,7 +427,7 @@ impl Ledger {
     }
 
     fn read(&self, name: &SmolStr, from: Place, most: u32) -> Option<Stretch> {
-        self.topics.get(name)?.read(self.scope(name), from, most)
+        self.topics.get(name)?.read(self.scope(name), from, most, STRETCH_BYTES)
     }
 }
 

@@ -10,8 +10,8 @@ use pubsub_core::{Cursor, Scope, TrimFilter, wire};
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use super::STRETCH_LEAST;
 use super::group::{HandedOver, Seated};
-use super::{STRETCH_BYTES, STRETCH_LEAST};
 use crate::protocol::{Begin, ClientId, GroupState, NoStart, Offsets, Place, Stretch, Take};
 use crate::record::{Run, Stored};
 
@@ -195,12 +195,12 @@ impl Topic {
     }
 
     /// What is new at a place and behind it; none if there is nothing. A reader of another generation starts anew.
-    pub(super) fn read(&self, bus: SmolStr, from: Place, most: u32) -> Option<Stretch> {
+    pub(super) fn read(&self, bus: SmolStr, from: Place, most: u32, most_bytes: u64) -> Option<Stretch> {
         let offset = if from.generation == self.generation { from.offset } else { 0 };
         let lagged = self.floor.saturating_sub(offset);
         let (mut offsets, mut events, mut bytes, mut next) = (Offsets::default(), Run::default(), 0, offset.max(self.floor));
         for (count, (offset, stored)) in self.from(offset).take(most.max(1) as usize).enumerate() {
-            if count >= STRETCH_LEAST && bytes + stored.len() > STRETCH_BYTES {
+            if count >= STRETCH_LEAST && bytes + stored.len() > most_bytes {
                 break;
             }
             bytes += stored.len();
