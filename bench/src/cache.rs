@@ -29,7 +29,7 @@ const KEPT: usize = 10_000;
 const VECTOR: usize = 10_000;
 
 pub(crate) fn contests(peers: bool) -> Vec<Contest> {
-    let contest = |setting, unit, parties| Contest { backend: BACKEND, settings: vec![(setting, unit)], parties };
+    let contest = |setting, unit, parties| Contest { backend: BACKEND, settings: vec![(setting, unit)], rounds: None, parties };
     let mut contests = vec![
         contest(
             "publish",

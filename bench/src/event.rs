@@ -24,7 +24,16 @@ pub(crate) struct Sample {
 
 /// Builds and stamps one event, as a publisher does for each.
 pub(crate) fn build(number: u64) -> Arc<Event> {
-    Arc::new(Event::new("order.placed").with_run_id("run-1").with_data(Sample { number, payload: PAYLOAD.into() }))
+    of(number, PAYLOAD.into())
+}
+
+/// An event with a payload of this size.
+pub(crate) fn build_of(number: u64, size: usize) -> Arc<Event> {
+    of(number, if size == PAYLOAD.len() { PAYLOAD.into() } else { "x".repeat(size) })
+}
+
+fn of(number: u64, payload: String) -> Arc<Event> {
+    Arc::new(Event::new("order.placed").with_run_id("run-1").with_data(Sample { number, payload }))
 }
 
 /// Reads an event's data, as a subscriber does with each, and gives its number.

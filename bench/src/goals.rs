@@ -34,7 +34,13 @@ const fn of_redis(setting: &'static str, against: Against, ratio: f64) -> Goal {
 
 const FRED: Against = Against::Party(crate::redis::FRED);
 
+const fn of_unix(setting: &'static str, against: Against, ratio: f64) -> Goal {
+    Goal { backend: crate::unix::BACKEND, setting, against, ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
+
+const NATS: Against = Against::Party("nats");
 
 const GOALS: &[Goal] = &[
     goal("queued 1 to 1", Against::BestChannel, 1.0),
@@ -55,6 +61,17 @@ const GOALS: &[Goal] = &[
     of_redis("group of 4", FRED, 0.95),
     of_redis("latency p50", FRED, 1.1),
     of_redis("one more of 10,000", Against::Figure(5000.0), 1.0),
+    of_unix("1 to 1", Against::Limit, 0.75),
+    of_unix("1 to 1", NATS, 1.3),
+    of_unix("1 to 1", MASTRA, 15.0),
+    of_unix("1 to 10", Against::Limit, 0.8),
+    of_unix("1 to 10", NATS, 1.3),
+    of_unix("group of 4", Against::Limit, 0.6),
+    of_unix("group of 4", NATS, 1.2),
+    of_unix("64 KiB", Against::Limit, 0.75),
+    of_unix("latency p50", Against::Limit, 1.3),
+    of_unix("latency p50", NATS, 1.0),
+    of_unix("takeover", Against::Figure(50_000.0), 1.0),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

@@ -8,6 +8,7 @@ mod node;
 mod redis;
 mod report;
 mod rounds;
+mod unix;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -31,7 +32,7 @@ const ALLOCATOR_NAME: &str = if cfg!(feature = "mimalloc") {
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Options {
-    /// Measure this backend only (memory, cache, redis).
+    /// Measure this backend only (memory, cache, redis, unix).
     #[arg(long)]
     backend: Option<String>,
     /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
@@ -58,6 +59,9 @@ struct Options {
     /// Print what following many topics costs one party and do nothing else; likewise.
     #[arg(long, hide = true)]
     many: Option<String>,
+    /// Play the part of a process in a round and do nothing else.
+    #[arg(long, hide = true)]
+    play: Option<String>,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -86,7 +90,10 @@ fn run(options: &Options) -> Result<(), BoxError> {
         println!("{}", serde_json::to_string(&redis::measure_many_here(job)?)?);
         return Ok(());
     }
-    let known = ["memory", cache::BACKEND, redis::BACKEND];
+    if let Some(spec) = &options.play {
+        return unix::child::play(spec);
+    }
+    let known = ["memory", cache::BACKEND, redis::BACKEND, unix::BACKEND];
     if let Some(other) = options.backend.as_deref().filter(|backend| !known.contains(backend)) {
         return Err(format!("there is no backend `{other}`; there is {}", known.join(", ")).into());
     }
@@ -98,6 +105,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
     if options.backend.as_deref().is_none_or(|backend| backend == redis::BACKEND) {
         contests.extend(redis::contests());
     }
+    contests.extend(unix::contests());
     contests.retain(|contest| options.backend.as_deref().is_none_or(|backend| backend == contest.backend));
     contests.retain_mut(|contest| {
         contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));

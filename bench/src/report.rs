@@ -21,6 +21,9 @@ pub(crate) enum Unit {
     Events,
     #[serde(rename = "deliveries/s")]
     Deliveries,
+    /// Bytes of payload.
+    #[serde(rename = "bytes/s")]
+    Throughput,
     #[serde(rename = "us")]
     Microseconds,
     #[serde(rename = "bytes")]
@@ -29,7 +32,7 @@ pub(crate) enum Unit {
 
 impl Unit {
     pub(crate) fn more_is_better(self) -> bool {
-        matches!(self, Self::Events | Self::Deliveries)
+        matches!(self, Self::Events | Self::Deliveries | Self::Throughput)
     }
 
     fn shown(self, figure: f64) -> String {
@@ -37,6 +40,7 @@ impl Unit {
             Self::Events if figure >= 1e6 => format!("{:.2} M/s", figure / 1e6),
             Self::Deliveries if figure >= 1e6 => format!("{:.2} M/s", figure / 1e6),
             Self::Events | Self::Deliveries => format!("{:.0} k/s", figure / 1e3),
+            Self::Throughput => format!("{:.0} MB/s", figure / 1e6),
             Self::Microseconds => format!("{figure:.1} us"),
             Self::Bytes => format!("{figure:.0} B"),
         }

@@ -10,6 +10,8 @@ use crate::report::{Role, Row, Unit};
 pub(crate) struct Contest {
     pub(crate) backend: &'static str,
     pub(crate) settings: Vec<(&'static str, Unit)>,
+    /// How many rounds there are, if not as many as the user says.
+    pub(crate) rounds: Option<u32>,
     pub(crate) parties: Vec<Party>,
 }
 
@@ -33,8 +35,8 @@ impl Party {
 
 /// Lets everybody warm up once, then plays the rounds.
 pub(crate) fn measure(contest: &mut Contest, rounds: u32, seconds: f64) -> Result<Vec<Row>, BoxError> {
-    let Contest { backend, settings, parties } = contest;
-    let name = settings[0].0;
+    let Contest { backend, settings, rounds: own, parties } = contest;
+    let (name, rounds) = (settings[0].0, own.unwrap_or(rounds));
     let mut figures = vec![vec![Vec::new(); settings.len()]; parties.len()];
     for round in 0..=rounds as usize {
         eprint!("\r\x1b[K{backend}, {name}: round {round} of {rounds}");

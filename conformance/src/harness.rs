@@ -55,6 +55,11 @@ pub trait Harness: Send + Sync + 'static {
         true
     }
 
+    /// Why a property does not hold of it although nothing it declares says so. For buses whose other end is not ours to change.
+    fn lacks(&self, _property: &str) -> Option<&str> {
+        None
+    }
+
     /// What lies below, to be counted.
     fn probe(&self) -> Option<&dyn Probe> {
         None

@@ -90,6 +90,9 @@ impl Property {
         if let Some(reason) = harness.unavailable() {
             return Some(reason);
         }
+        if let Some(reason) = harness.lacks(self.id) {
+            return Some(reason.to_owned());
+        }
         let missing: Vec<_> = self.needs.iter().filter_map(|need| need.missing(harness)).collect();
         (!missing.is_empty()).then(|| missing.join("; "))
     }

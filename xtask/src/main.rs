@@ -1,6 +1,7 @@
 //! `cargo xtask`: the workspace's own commands.
 
 mod ci;
+mod interop;
 mod step;
 mod tidy;
 
@@ -19,6 +20,8 @@ usage: cargo xtask COMMAND
   guarantees                                      write the README's table of what each backend guarantees
   bench [--mimalloc] [--peers] [--backend NAME] [--json FILE]
                                                   measure ours, the limit and the peers in one run
+  interop                                         install @mastra/core from npm into the target directory, and run
+                                                  it on one bus with ours
   ci                                              everything that must hold: format, lints, documentation, tests,
                                                   examples, conformance, tidy
   tidy                                            the style rules that a program can check
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         ("systems", []) => systems(None),
         ("systems", [option, backend]) if option == "--backend" => systems(Some(backend)),
         ("bench", rest) => bench(rest),
+        ("interop", []) => interop::run(),
         ("ci", []) => ci::run_all(),
         ("tidy", []) => tidy::run(),
         ("help" | "--help" | "-h", _) => {
@@ -62,26 +66,36 @@ fn main() -> ExitCode {
 /// Every test of the workspace. Tests start the servers they need themselves, on free ports; whatever has to be installed or
 /// built once for all of them is set up here first.
 fn test() -> Outcome {
-    install_servers()?;
+    install("redis", "redis-server", &["redis-server"])?;
+    interop::prepare()?;
     // The examples' tests run the built programs, which `cargo test --all-targets` builds only as tests.
     step::run("build examples", &mut cargo(["build", "--workspace", "--examples"]))?;
     step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets"]))?;
     step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
 }
 
-/// Installs what `PUBSUB_REQUIRE` names and is not there, where that is possible: as root, on a Debian system.
-fn install_servers() -> Outcome {
+/// Whether `PUBSUB_REQUIRE` names this.
+fn is_required(name: &str) -> bool {
     let required = std::env::var("PUBSUB_REQUIRE").unwrap_or_default();
-    let is_there = |program| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success());
-    if !required.split(',').any(|name| name.trim() == "redis") || is_there("redis-server") {
+    required.split(',').any(|one| one.trim() == name)
+}
+
+fn is_there(program: &str) -> bool {
+    Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+/// Installs the packages of what `PUBSUB_REQUIRE` names if its program is not there, where that is possible: as root, on a Debian
+/// system.
+fn install(name: &str, program: &str, packages: &[&str]) -> Outcome {
+    if !is_required(name) || is_there(program) {
         return Ok(());
     }
     let root = step::read(Command::new("id").arg("-u"))?.trim() == "0";
     let apt = || if root { Command::new("apt-get") } else { sudo("apt-get") };
     step::run("package lists", apt().arg("update"))?;
-    let install = ["install", "--yes", "--no-install-recommends", "redis-server"];
-    // Tests start servers of their own; the one that the package starts is not needed.
-    step::run("redis-server", apt().env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").args(install))
+    let install = ["install", "--yes", "--no-install-recommends"];
+    // Tests start servers of their own; one that a package starts is not needed.
+    step::run(name, apt().env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").args(install).args(packages))
 }
 
 fn sudo(program: &str) -> Command {

@@ -20,7 +20,7 @@ const BROADCAST: &str = "tokio broadcast";
 pub(crate) fn contest() -> Contest {
     let party = |name, role| Party::new(name, role, move |_| measure(name));
     let parties = vec![party(OURS, Role::Ours), party(BROADCAST, Role::Peer)];
-    Contest { backend: BACKEND, settings: vec![("idle memory", Unit::Bytes)], parties }
+    Contest { backend: BACKEND, settings: vec![("idle memory", Unit::Bytes)], rounds: None, parties }
 }
 
 /// Measures one party in a fresh process: what was freed before would hide what is taken now.

@@ -27,7 +27,7 @@ pub(crate) fn contest() -> Contest {
         }),
         Party::new("tokio broadcast", Role::Peer, |time| on_runtime(rounded(time), play(Broadcast::setup(1), time))),
     ];
-    Contest { backend: BACKEND, settings: SETTINGS.to_vec(), parties }
+    Contest { backend: BACKEND, settings: SETTINGS.to_vec(), rounds: None, parties }
 }
 
 /// How long a round takes that has enough events.

@@ -19,7 +19,7 @@ const GROUP: usize = 4;
 const BETWEEN_LOOKS: u64 = 256;
 
 pub(crate) fn contests() -> Vec<Contest> {
-    let contest = |setting, unit, parties| Contest { backend: BACKEND, settings: vec![(setting, unit)], parties };
+    let contest = |setting, unit, parties| Contest { backend: BACKEND, settings: vec![(setting, unit)], rounds: None, parties };
     vec![
         contest("queued 1 to 1", Unit::Events, fan_out(1)),
         contest("inline 1 to 1", Unit::Events, vec![Party::new("ours", Role::Ours, inline), direct(1)]),

@@ -3,11 +3,13 @@
 mod cached;
 mod emitter;
 mod guarantees;
+pub mod mastra;
 mod memory_store;
 mod process;
 mod redis;
 mod slow_remote;
 mod unix;
+mod unix_tongues;
 
 use std::sync::Arc;
 
@@ -19,6 +21,7 @@ pub use process::{is_other_process, other_process};
 pub use redis::{RedisClusterHarness, RedisHarness, RedisStoreHarness};
 pub use slow_remote::SlowRemoteHarness;
 pub use unix::UnixHarness;
+pub use unix_tongues::{Tongues, TonguesHarness};
 
 use crate::Harness;
 use crate::stores::StoreHarness;
@@ -37,7 +40,8 @@ pub fn all() -> Vec<Arc<dyn Harness>> {
     ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     let cluster = Arc::new(RedisClusterHarness::default()) as Arc<dyn Harness>;
-    backends.into_iter().chain([cluster]).chain(cached).chain(cached_on_redis()).collect()
+    let tongues = [Tongues::Lines, Tongues::Mixed, Tongues::Mastra].map(|tongues| Arc::new(TonguesHarness::new(tongues)) as _);
+    backends.into_iter().chain([cluster]).chain(tongues).chain(cached).chain(cached_on_redis()).collect()
 }
 
 /// The replay decorator with the store on Redis, over the bus within the process and over that on Redis.

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +17,9 @@ use pubsub_unix::UnixSocketPubSub;
 
 use super::process;
 use crate::{Fault, Faults, Harness, Job, Process, Processes, Timing};
+
+/// How long to wait before trying again to end the rule of brokers.
+const TRY: Duration = Duration::from_millis(50);
 
 /// The bus at a socket in a directory of its own: `unix`.
 pub struct UnixHarness {
@@ -50,8 +54,30 @@ impl UnixHarness {
         Self { all, directory, outage: Mutex::new(None) }
     }
 
-    fn socket(&self) -> PathBuf {
+    /// A bus of its own beside this one.
+    pub(super) fn another(&self) -> Self {
+        Self::among(self.all.clone())
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
         self.directory.join("bus")
+    }
+
+    /// Takes the lock of brokers from the one that has it. None if it was the lock of one that was superseded.
+    async fn lock(&self) -> io::Result<Option<File>> {
+        let path = self.directory.join("bus.lock");
+        let mut options = OpenOptions::new();
+        let lock = options.read(true).write(true).create(true).truncate(false).open(&path)?;
+        // Who waits for a lock gets it before whoever merely tries; but who comes too late to wait has to depose the next one.
+        let mut waiting = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock));
+        let lock = loop {
+            self.depose().map_err(io::Error::other)?;
+            if let Ok(locked) = tokio::time::timeout(TRY, &mut waiting).await {
+                break locked.map_err(io::Error::other)??;
+            }
+        };
+        let is_current = lock.metadata()?.ino() == fs::metadata(&path)?.ino();
+        Ok(is_current.then_some(lock))
     }
 
     /// Claims an epoch in the broker's place: it stops, and everybody looks for another.
@@ -67,7 +93,7 @@ impl Default for UnixHarness {
     }
 }
 
-fn failed(error: io::Error) -> Error {
+pub(super) fn failed(error: io::Error) -> Error {
     Error::new(ErrorKind::Unavailable).caused_by(error)
 }
 
@@ -93,7 +119,7 @@ impl Harness for UnixHarness {
     }
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
-        Ok(Arc::new(Self::among(self.all.clone())))
+        Ok(Arc::new(self.another()))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
@@ -129,19 +155,15 @@ impl Faults for UnixHarness {
             Fault::Outage => {
                 fs::create_dir_all(&self.directory).map_err(failed)?;
                 // Nobody can be elected while somebody else has the lock.
-                let mut options = OpenOptions::new();
-                let lock = options.read(true).write(true).create(true).truncate(false).open(self.directory.join("bus.lock"));
-                let lock = lock.map_err(failed)?;
-                self.depose()?;
-                tokio::task::spawn_blocking(move || lock.lock().map(|()| lock))
-                    .await
-                    .map_err(io::Error::other)
-                    .flatten()
-                    .map(|lock| self.outage.lock().replace(lock))
-                    .map_err(failed)?;
-                self.depose()?; // should somebody have been faster
+                let lock = loop {
+                    if let Some(lock) = self.lock().await.map_err(failed)? {
+                        break lock;
+                    }
+                };
+                self.outage.lock().replace(lock);
                 while self.socket().exists() {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    self.depose()?; // should one that has no lock any more still be there
+                    tokio::time::sleep(Duration::from_millis(5)).await;
                 }
             }
             Fault::Heal => drop(self.outage.lock().take()),

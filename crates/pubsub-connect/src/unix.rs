@@ -39,5 +39,20 @@ pub(crate) fn unix(url: &mut BusUrl) -> Result<impl Future<Output = Result<Bus>>
     if let Some(sync) = url.flag("sync")? {
         builder = builder.sync(sync);
     }
+    if let Some(native_only) = url.flag("native_only")? {
+        builder = builder.native_only(native_only);
+    }
+    if let Some(envelopes) = url.flag("envelopes")? {
+        builder = builder.envelopes(envelopes);
+    }
+    if let Some(users) = url.text("allow_users") {
+        builder = builder.allow_users(users.split(','));
+    }
+    if let Some(groups) = url.text("allow_groups") {
+        builder = builder.allow_groups(groups.split(','));
+    }
+    if let Some(owner) = url.text("owner") {
+        builder = builder.owner(owner);
+    }
     Ok(async move { builder.connect().await.map(Bus::from) })
 }

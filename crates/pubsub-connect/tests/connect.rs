@@ -92,6 +92,12 @@ async fn each_refusal_names_what_is_at_fault() {
         ("unix:", "url", "`unix:` needs the path of a socket"),
         #[cfg(feature = "unix")]
         ("unix:run/bus.sock?gracee=1s", "gracee", "the nearest known option is `grace`"),
+        #[cfg(feature = "unix")]
+        ("unix:run/bus.sock?allow_users=0,no%20such%20user", "allow_users", "no user is called no such user"),
+        #[cfg(feature = "unix")]
+        ("unix:run/bus.sock?allow_groups=no%20such%20group", "allow_groups", "no group is called no such group"),
+        #[cfg(feature = "unix")]
+        ("unix:run/bus.sock?native_only=maybe", "native_only", "maybe"),
         ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
         ("memory:?leases=nowhere", "url", "begins with no scheme"),
         ("memory:?leases=memory:%3Fmax_paylod=1", "max_paylod", "`max_payload`"),

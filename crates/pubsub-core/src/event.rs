@@ -11,6 +11,8 @@ use uuid::Uuid;
 
 use crate::{Data, Error, ErrorKind, Payload, Result};
 
+mod civil;
+
 /// Extra text about an event, such as `traceparent`. Backends carry it unchanged.
 pub type Metadata = BTreeMap<String, String>;
 
@@ -107,10 +109,20 @@ impl Timestamp {
     /// # Errors
     /// [`ErrorKind::Decode`] if it is none.
     pub fn parse(text: &str) -> Result<Self> {
+        if let Some(usual) = civil::parse(text.as_bytes()) {
+            return Ok(Self(usual));
+        }
         match text.parse::<jiff::Timestamp>() {
             Ok(time) => Ok(Self(time.as_millisecond())),
             Err(error) => Err(Error::new(ErrorKind::Decode(error.to_string().into()))),
         }
+    }
+}
+
+impl Timestamp {
+    /// As it is displayed, for the years 0 to 9999.
+    pub(crate) fn rfc3339(self) -> Option<[u8; civil::LENGTH]> {
+        civil::format(self.0)
     }
 }
 
@@ -129,6 +141,9 @@ impl From<SystemTime> for Timestamp {
 /// RFC 3339 with milliseconds and `Z`, as JavaScript's `toISOString` writes it.
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(usual) = self.rfc3339() {
+            return f.write_str(std::str::from_utf8(&usual).map_err(|_| fmt::Error)?);
+        }
         match jiff::Timestamp::from_millisecond(self.0) {
             Ok(time) => write!(f, "{time:.3}"),
             Err(_) => Err(fmt::Error),

@@ -15,6 +15,7 @@ use crate::frame::{self, Malformed};
 use crate::journal::entry;
 use crate::ledger::{Effect, Ledger};
 use crate::protocol::{Answer, Call, ClientId, FromBroker, Query, Take, ToBroker};
+use crate::record::Run;
 
 /// A connection, numbered by whoever keeps it.
 pub(crate) type ConnId = u64;
@@ -24,6 +25,9 @@ pub(crate) const PING: u64 = 1000;
 
 /// How many reads one connection may have waiting: a subscription has one at a time.
 const MAX_READS: usize = 1 << 17;
+
+/// Bodies that are shorter are copied out of what they were read in, which their events would keep whole.
+const COPIED: usize = 32 << 10;
 
 /// The patience of a broker, in milliseconds.
 #[derive(Debug, Clone, Copy)]
@@ -90,7 +94,8 @@ pub(crate) struct Turn {
 
 impl Broker {
     /// A broker over what its predecessor left. Everybody is given time to come back.
-    pub(crate) fn new(ledger: Ledger, patience: Patience, clock: u64) -> Self {
+    pub(crate) fn new(mut ledger: Ledger, patience: Patience, clock: u64) -> Self {
+        ledger.begin_term();
         let skew = ledger.now.saturating_sub(clock);
         let until = clock + skew + patience.absent;
         let clients = ledger.clients();
@@ -115,6 +120,11 @@ impl Broker {
 
     pub(crate) fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// Takes in events that another broker has given out.
+    pub(crate) fn take_in(&mut self, topic: &SmolStr, events: &Run) {
+        self.ledger.take_in(topic, events);
     }
 
     /// Whether something came in that a turn is to be made for.
@@ -172,6 +182,7 @@ impl Broker {
     /// # Errors
     /// If it is none: the connection is to be closed.
     pub(crate) fn received(&mut self, conn: ConnId, body: Bytes, clock: u64) -> Result<Option<FromBroker>, Malformed> {
+        let body = if body.len() < COPIED { Bytes::copy_from_slice(&body) } else { body };
         let frame: ToBroker = frame::body(&body)?;
         let Some(peer) = self.peers.get_mut(&conn) else { return Ok(None) };
         peer.heard = clock;
@@ -342,39 +353,69 @@ impl Broker {
             self.dues.remove(&(due, topic.clone()));
             self.look.insert(topic);
         }
-        for topic in std::mem::take(&mut self.look) {
-            let Some(mut groups) = self.takes.remove(&topic) else { continue };
-            for (group, takes) in &mut groups {
-                for _ in 0..takes.len() {
-                    let Some((client, take, body)) = takes.pop_front() else { break };
-                    if !self.ledger.can_take(client, &take, now) {
-                        takes.push_back((client, take, body));
-                        continue;
-                    }
-                    let mut written = Vec::new();
-                    entry(now, client, &body, &mut written);
-                    if !self.ledger.is_answered(client, &take) && write(&written).is_err() {
-                        takes.push_front((client, take, body));
-                        self.dues.insert((now + PING, topic.clone()));
-                        break;
-                    }
-                    if let Effect::Taken { member, number, bus, generation, handed } =
-                        self.ledger.apply(now, client, &ToBroker::Take(take))
-                    {
-                        self.reply(client, FromBroker::Taken { member, number, bus, generation, handed }, turn);
-                    }
-                }
-                if !takes.is_empty()
-                    && let Some(due) = self.ledger.next_due(&topic, group)
-                {
-                    self.dues.insert((due.max(now + 1), topic.clone()));
-                }
+        let looked = std::mem::take(&mut self.look);
+        let mut chosen: Vec<(ClientId, Take, Bytes)> = Vec::new();
+        for topic in &looked {
+            for (group, takes) in self.takes.get_mut(topic).into_iter().flatten() {
+                choose(&self.ledger, topic, group, takes, now, &mut chosen);
             }
+        }
+        let mut entries = Vec::new();
+        for (client, take, body) in &chosen {
+            if !self.ledger.is_answered(*client, take) {
+                entry(now, *client, body, &mut entries);
+            }
+        }
+        if entries.is_empty() || write(&entries).is_ok() {
+            for (client, take, _) in chosen {
+                let effect = self.ledger.apply(now, client, &ToBroker::Take(take));
+                let Effect::Taken { member, number, bus, generation, over } = effect else { continue };
+                let (handed, events) = over.map_or((None, Run::default()), |over| (Some(over.handed), over.events));
+                self.reply(client, FromBroker::Taken { member, number, bus, generation, handed, events }, turn);
+            }
+        } else {
+            for (client, take, body) in chosen.into_iter().rev() {
+                self.dues.insert((now + PING, take.seat.topic.clone()));
+                let groups = self.takes.entry(take.seat.topic.clone()).or_default();
+                groups.entry(take.seat.group.clone()).or_default().push_front((client, take, body));
+            }
+        }
+        for topic in looked {
+            let Some(groups) = self.takes.get_mut(&topic) else { continue };
             groups.retain(|_, takes| !takes.is_empty());
-            if !groups.is_empty() {
-                self.takes.insert(topic, groups);
+            let due = groups.keys().filter_map(|group| self.ledger.next_due(&topic, group)).min();
+            if groups.is_empty() {
+                self.takes.remove(&topic);
+            } else if let Some(due) = due {
+                self.dues.insert((due.max(now + 1), topic));
             }
         }
         self.ledger.take_dirty(); // by handing over, which nobody waits for
+    }
+}
+
+/// Chooses takes of a group that are to be answered now: those for which there is something, and those that are answered whatever
+/// there is.
+fn choose(
+    ledger: &Ledger,
+    topic: &SmolStr,
+    group: &SmolStr,
+    takes: &mut Takes,
+    now: u64,
+    chosen: &mut Vec<(ClientId, Take, Bytes)>,
+) {
+    let wanted = takes.iter().map(|(_, take, _)| take.most.max(1) as usize).sum();
+    let mut work = ledger.work(topic, group, now, wanted);
+    for _ in 0..takes.len() {
+        let Some((client, take, body)) = takes.pop_front() else { break };
+        let is_answered = ledger.is_answered(client, &take);
+        if is_answered || work > 0 {
+            if !is_answered {
+                work = work.saturating_sub(take.most.max(1) as usize);
+            }
+            chosen.push((client, take, body));
+        } else {
+            takes.push_back((client, take, body));
+        }
     }
 }

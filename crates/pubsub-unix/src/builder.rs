@@ -7,9 +7,10 @@ use pubsub_core::{Error, Result};
 
 use crate::UnixSocketPubSub;
 use crate::broker::Patience;
+use crate::entry::Entry;
 use crate::files::Paths;
 use crate::ledger::Limits;
-use crate::link::Config;
+use crate::link::{Config, Tongue};
 
 /// Configures a [`UnixSocketPubSub`]. What concerns the broker is that of the process which is the broker.
 #[derive(Debug, Clone)]
@@ -23,6 +24,11 @@ pub struct UnixBuilder {
     hang_timeout: Duration,
     max_peer_bytes: usize,
     sync: bool,
+    tongue: Tongue,
+    envelopes: bool,
+    users: Vec<String>,
+    groups: Vec<String>,
+    owner: Option<String>,
 }
 
 /// What an instance itself keeps of its configuration.
@@ -31,6 +37,8 @@ pub(crate) struct Settings {
     pub(crate) publish_timeout: Duration,
     pub(crate) max_payload: usize,
     pub(crate) max_events: u64,
+    /// Whether data is read and written with the envelopes of TypeScript peers.
+    pub(crate) envelopes: bool,
 }
 
 impl UnixBuilder {
@@ -45,6 +53,11 @@ impl UnixBuilder {
             hang_timeout: Duration::from_secs(10),
             max_peer_bytes: 64 << 20,
             sync: false,
+            tongue: Tongue::Any,
+            envelopes: false,
+            users: Vec::new(),
+            groups: Vec::new(),
+            owner: None,
         }
     }
 
@@ -104,12 +117,64 @@ impl UnixBuilder {
         self
     }
 
+    /// Serves processes of these users too, by name or number, while this process is the broker (none but its own user and root). They
+    /// connect with [`owner`](Self::owner).
+    ///
+    /// A directory that is made then lets others pass through, the socket lets everybody connect, and the kernel tells the broker who did.
+    #[must_use]
+    pub fn allow_users(mut self, users: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.users.extend(users.into_iter().map(Into::into));
+        self
+    }
+
+    /// Serves processes of these groups as well, by name or number, as [`allow_users`](Self::allow_users) does those of users: those whose first
+    /// group it is, and those of users who are in it when this instance connects.
+    #[must_use]
+    pub fn allow_groups(mut self, groups: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.groups.extend(groups.into_iter().map(Into::into));
+        self
+    }
+
+    /// Whose bus it is, by name or number (one's own). On another's bus this process is a guest, who never becomes the broker; the broker
+    /// has to [admit](Self::allow_users) it.
+    #[must_use]
+    pub fn owner(mut self, owner: impl Into<String>) -> Self {
+        self.owner = Some(owner.into());
+        self
+    }
+
+    /// Refuses to be the client of a broker that is a process of Mastra (off): while there is one the status is `Failed`, and it goes
+    /// on once that has gone. What such a broker cannot do the [crate's documentation](crate#with-typescript) says, and
+    /// [`capabilities`](pubsub_core::PubSub::capabilities) as long as there is one.
+    #[must_use]
+    pub fn native_only(mut self, native_only: bool) -> Self {
+        self.tongue = if native_only { Tongue::Native } else { Tongue::Any };
+        self
+    }
+
+    /// Reads and writes data with the tagged envelopes in which processes of Mastra say what JSON lacks (off). Without it a `Date` is
+    /// text, a `Map` an object, a `BigInt` a number, and what is published cannot be mistaken for any of them.
+    #[must_use]
+    pub fn envelopes(mut self, envelopes: bool) -> Self {
+        self.envelopes = envelopes;
+        self
+    }
+
+    /// Speaks as processes of Mastra do, with brokers of this crate too. It has their limits then, and exists to be tested.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn lines_only(mut self) -> Self {
+        self.tongue = Tongue::Lines;
+        self
+    }
+
     /// Connects, or becomes the broker.
     ///
     /// Dropping the future leaves nothing connected.
     ///
     /// # Errors
-    /// `InvalidOption` naming the option; `Denied` where the directory or the files beside the socket are somebody else's.
+    /// `InvalidOption` naming the option; `Denied` where the directory, the files beside the socket or the broker are somebody else's, or
+    /// the broker does not serve this user.
     pub async fn connect(self) -> Result<UnixSocketPubSub> {
         let subject = self.path.display().to_string();
         let (config, settings) = self.check().map_err(|error| error.during("connect").on(&subject))?;
@@ -139,16 +204,20 @@ impl UnixBuilder {
         bytes("max_events", self.max_events, 1, 1 << 30)?;
         bytes("max_bytes", self.max_bytes, 1 << 20, 1 << 40)?;
         bytes("max_peer_bytes", self.max_peer_bytes as u64, 1 << 20, 1 << 40)?;
-        let paths = Paths::new(&self.path).map_err(|why| Error::invalid_option("path", why))?;
+        let entry = Entry::new(&self.users, &self.groups, self.owner.as_deref());
+        let entry = entry.map_err(|(option, why)| Error::invalid_option(option, why))?;
+        let paths = Paths::new(&self.path, &entry).map_err(|why| Error::invalid_option("path", why))?;
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let config = Config {
             paths,
+            entry,
             limits: Limits { max_events: self.max_events, max_bytes: self.max_bytes },
             patience: Patience { absent: millis(self.grace), silent: millis(self.hang_timeout) },
             max_peer_bytes: self.max_peer_bytes,
             sync: self.sync,
+            tongue: self.tongue,
         };
-        let Self { publish_timeout, max_payload, max_events, .. } = self;
-        Ok((config, Settings { publish_timeout, max_payload, max_events }))
+        let Self { publish_timeout, max_payload, max_events, envelopes, .. } = self;
+        Ok((config, Settings { publish_timeout, max_payload, max_events, envelopes }))
     }
 }

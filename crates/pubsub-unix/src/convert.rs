@@ -4,25 +4,33 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use pubsub_core::{
-    Cursor, Event, EventId, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
+    Cursor, Error, ErrorKind, Event, ReplayIndex, Result, Scope, Start, SubscribeOptions, Timestamp, Topic, dead_letter, wire,
 };
 use smol_str::SmolStr;
 
-use crate::protocol::{Begin, Id, Place, Stored};
+use crate::node::envelope;
+use crate::protocol::{Begin, Place};
+use crate::record::{Stored, event_id};
 
-/// An event as it travels. An index it has is a decorator's, and stays.
-///
-/// # Errors
-/// `TooLarge`, and `NotSerializable`.
-pub(crate) fn store(event: &Event, limit: usize) -> Result<Stored> {
-    let encoded = event.check_size(limit).and_then(|()| wire::encode(event));
-    let json = Bytes::from(encoded.map_err(|error| error.on(event.id()))?);
-    Ok(Stored { id: event.id().into(), created_at: event.created_at().as_millis(), json })
-}
+/// Events with less JSON than this are copied out of what they came in.
+const COPIED: usize = 16 << 10;
 
-/// The event that is kept at this place. An index of its own it has from there; a decorator's stays.
-pub(crate) fn decode(stored: &Stored, place: Place) -> Result<Event> {
-    let event = wire::decode(&stored.json, None)?.event;
+/// The event that is kept at this place, with envelopes in its data or without. An index of its own it has from there; a
+/// decorator's stays.
+pub(crate) fn decode(stored: &Stored, place: Place, tagged: bool) -> Result<Event> {
+    let json = stored.json();
+    let json = match (stored.is_tagged(), tagged) {
+        (true, false) => envelope::plain(&stored.shared_json()),
+        (false, true) => envelope::escaped(&stored.shared_json()),
+        // A small event is copied out: whoever keeps it would keep all that it came with.
+        _ if json.len() < COPIED => Some(Bytes::copy_from_slice(json)),
+        _ => Some(stored.shared_json()),
+    };
+    let json = json.ok_or_else(|| Error::new(ErrorKind::Decode("nested too deeply".into())))?;
+    let event = wire::decode(&json, None)?.event;
+    if place.is_foreign() {
+        return Ok(event);
+    }
     let own = ReplayIndex { generation: place.generation, index: place.offset };
     let index = event.index().unwrap_or(own);
     Ok(event.with_index(Some(index)))
@@ -36,15 +44,11 @@ pub(crate) fn letter_of_malformed(
     attempt: u32,
 ) -> Option<(SmolStr, Stored)> {
     let to = options.dead_letter.as_ref()?;
-    let text = String::from_utf8_lossy(&stored.json).into_owned();
-    let id = match &stored.id {
-        Id::Uuid(bytes) => EventId::from(uuid::Uuid::from_bytes(*bytes)),
-        Id::Text(text) => EventId::new(text).unwrap_or_else(|_| EventId::random()),
-    };
-    let created_at = Timestamp::from_millis(stored.created_at).unwrap_or_else(|_| Timestamp::now());
-    let event = Event::stamped(id, "malformed", created_at).with_data(text);
+    let text = String::from_utf8_lossy(stored.json()).into_owned();
+    let created_at = Timestamp::from_millis(stored.created_at()).unwrap_or_else(|_| Timestamp::now());
+    let event = Event::stamped(event_id(&stored.id()), "malformed", created_at).with_data(text);
     let letter = dead_letter(&event, topic, options.group.as_ref(), attempt, "not an event");
-    Some((to.as_str().into(), store(&letter, usize::MAX).ok()?))
+    Some((to.as_str().into(), Stored::of(&letter, usize::MAX, false).ok()?))
 }
 
 /// The scope that a broker's names make.

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::entry::Entry;
 use crate::files::{Log, Paths, Register, open};
 use crate::ledger::{Ledger, Limits};
 
@@ -42,7 +43,12 @@ pub(crate) struct Seat {
 }
 
 /// Looks for the broker, and stands for election if there is none. With `supersede` there is one, and it does not answer.
-pub(crate) fn find(paths: &Paths, limits: Limits, sync: bool, supersede: bool) -> io::Result<Found> {
+pub(crate) fn find(paths: &Paths, entry: &Entry, limits: Limits, sync: bool, supersede: bool) -> io::Result<Found> {
+    if entry.host().is_some() {
+        return Ok(dial(paths)?.map_or(Found::Busy, Found::Broker)); // a guest is never the broker
+    }
+    // A broker of ours has the lock for as long as it lives. What is silent without it is somebody else's, and stays.
+    let supersede = supersede && lock(paths, false)?.is_none();
     if !supersede && let Some(stream) = dial(paths)? {
         return Ok(Found::Broker(stream));
     }
@@ -57,6 +63,9 @@ pub(crate) fn find(paths: &Paths, limits: Limits, sync: bool, supersede: bool) -
     }
     let stale = stale(paths)?;
     let mut register = Register::open(paths)?;
+    if entry.is_open() {
+        register.show()?;
+    }
     let epoch = register.claim()?;
     // From here on nobody believes an older broker: what it wrote and had confirmed until now is in its log.
     let ledger = Log::load(paths, epoch, limits)?;
@@ -66,7 +75,9 @@ pub(crate) fn find(paths: &Paths, limits: Limits, sync: bool, supersede: bool) -
     let log = Log::create(paths, epoch, &ledger, sync)?;
     let private = paths.private();
     let listener = UnixListener::bind(&private)?;
-    fs::set_permissions(&private, fs::Permissions::from_mode(0o600))?;
+    // Whoever can connect is looked at when he does.
+    let mode = if entry.is_open() { 0o666 } else { 0o600 };
+    fs::set_permissions(&private, fs::Permissions::from_mode(mode))?;
     let own = fs::symlink_metadata(&private)?.ino();
     let seat = Seat { listener, paths: paths.clone(), private, inode: own, _lock: lock };
     if stale.is_some() && inode(paths) == stale {
@@ -153,7 +164,7 @@ impl Drop for Elect {
     }
 }
 
-fn inode(paths: &Paths) -> Option<u64> {
+pub(crate) fn inode(paths: &Paths) -> Option<u64> {
     fs::symlink_metadata(&paths.socket).ok().map(|found| found.ino())
 }
 
@@ -190,5 +201,46 @@ impl Drop for Seat {
             let _ = fs::remove_file(&self.paths.socket);
         }
         let _ = fs::remove_file(&self.private);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::process::{Command, Stdio};
+
+    use pubsub_core::{Bus, Event};
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::UnixSocketPubSub;
+
+    /// As when the broker's process forked before it was killed: a child has all that it had open, and uses none of it.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_lock_and_a_listener_that_outlive_their_broker_in_another_process_stop_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bus");
+        let entry = Entry::default();
+        let paths = Paths::new(&path, &entry).unwrap();
+        let limits = Limits { max_events: 10, max_bytes: 1 << 20 };
+        let Found::Elected(office) = find(&paths, &entry, limits, false, false).unwrap() else {
+            panic!("there is nobody else")
+        };
+        let Office { epoch, register, seat, .. } = *office;
+        let lock = OwnedFd::from(seat._lock.try_clone().unwrap());
+        let listener = OwnedFd::from(seat.listener.try_clone().unwrap());
+        let mut keeper = Command::new("sleep").arg("60").stdin(lock).stdout(listener).stderr(Stdio::null()).spawn().unwrap();
+        std::mem::forget(seat); // who is killed cleans nothing up
+        let served = async {
+            let bus = Bus::from(UnixSocketPubSub::connect(&path).await.unwrap());
+            let mut listener = bus.subscribe("t").await.unwrap();
+            bus.publish("t", Event::new("x")).await.unwrap();
+            futures::StreamExt::next(&mut listener).await.unwrap().unwrap().done();
+            bus.close(Duration::from_secs(1)).await.unwrap();
+        };
+        timeout(Duration::from_secs(15), served).await.expect("another takes over");
+        assert_eq!(register.epoch().unwrap(), epoch + 1);
+        keeper.kill().unwrap();
+        keeper.wait().unwrap();
     }
 }

@@ -2,12 +2,13 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::libc;
 use nix::sys::statfs::{self, FsType};
 
+use crate::entry::Entry;
 use crate::journal;
 use crate::ledger::{Ledger, Limits};
 
@@ -18,8 +19,10 @@ const PRIVATE: usize = 9;
 /// One claim in the register.
 const CLAIM: u64 = 32;
 
-/// How much a log grows before it is written anew as a snapshot.
+/// How much a log grows before it is written anew as a snapshot: so much, and by so many times what the last snapshot had. What is
+/// written twice stays less than what is written once, however much is retained.
 pub(crate) const ROTATE_AT: u64 = 64 << 20;
+const ROTATE_AFTER: u64 = 2;
 
 /// The socket's path, and those of its companions.
 #[derive(Debug, Clone)]
@@ -34,7 +37,7 @@ impl Paths {
     ///
     /// # Errors
     /// In words, what is wrong with it.
-    pub(crate) fn new(path: &Path) -> Result<Self, String> {
+    pub(crate) fn new(path: &Path, entry: &Entry) -> Result<Self, String> {
         let absolute = std::path::absolute(path).map_err(|error| error.to_string())?;
         let name = absolute.file_name().and_then(|name| name.to_str()).ok_or("has no file name, or none in UTF-8")?;
         let directory = absolute.parent().ok_or("has no directory")?.to_owned();
@@ -44,20 +47,23 @@ impl Paths {
         }
         let name = name.to_owned();
         let paths = Self { socket: absolute, directory, name };
-        paths.check_directory().map_err(|error| format!("{}: {error}", paths.directory.display()))?;
+        paths.check_directory(entry).map_err(|error| format!("{}: {error}", paths.directory.display()))?;
         Ok(paths)
     }
 
-    fn check_directory(&self) -> io::Result<()> {
+    fn check_directory(&self, entry: &Entry) -> io::Result<()> {
         let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
+        if entry.host().is_none() {
+            // Others may at most pass through it, to files whose names they know.
+            let mode = if entry.is_open() { 0o711 } else { 0o700 };
+            DirBuilder::new().recursive(true).mode(mode).create(&self.directory)?;
+        }
         let directory = fs::metadata(&self.directory)?;
         let (mode, sticky) = (directory.mode(), directory.mode() & libc::S_ISVTX != 0);
         if mode & 0o002 != 0 && !sticky {
             return refuse("anybody may write to the directory, and remove what is not theirs: it lacks the sticky bit");
         }
-        let owner = directory.uid();
-        if owner != nix::unistd::geteuid().as_raw() && owner != 0 {
+        if !entry.trusts(directory.uid()) {
             return refuse("the directory belongs to another user");
         }
         match statfs::statfs(&self.directory).map(|found| found.filesystem_type()) {
@@ -140,7 +146,11 @@ fn owned(file: File) -> io::Result<File> {
     if file.metadata()?.uid() == nix::unistd::geteuid().as_raw() {
         return Ok(file);
     }
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, "a file beside the socket belongs to another user"))
+    Err(somebody_elses())
+}
+
+fn somebody_elses() -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, "a file beside the socket belongs to another user")
 }
 
 /// The register of epochs. Whoever appends to it is the broker from then on, whatever others believe; one append is one claim, and
@@ -153,6 +163,20 @@ impl Register {
         let mut options = options();
         options.append(true);
         options.open(paths.beside("epoch")).and_then(owned).map(Self)
+    }
+
+    /// The register as a client reads it, who may be a guest and then can do no more.
+    pub(crate) fn look_at(paths: &Paths, entry: &Entry) -> io::Result<Self> {
+        let Some(host) = entry.host() else { return Self::open(paths) };
+        let mut options = OpenOptions::new();
+        let file = options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(paths.beside("epoch"))?;
+        let owner = file.metadata()?.uid();
+        if owner == host || owner == 0 { Ok(Self(file)) } else { Err(somebody_elses()) }
+    }
+
+    /// Lets guests read it.
+    pub(crate) fn show(&self) -> io::Result<()> {
+        self.0.set_permissions(fs::Permissions::from_mode(0o644))
     }
 
     /// The newest epoch; 0 before the first.
@@ -232,7 +256,7 @@ impl Log {
     }
 
     pub(crate) fn is_long(&self) -> bool {
-        self.length - self.snapshot > ROTATE_AT
+        self.length - self.snapshot > ROTATE_AT.max(ROTATE_AFTER * self.snapshot)
     }
 
     /// Starts anew with a snapshot.

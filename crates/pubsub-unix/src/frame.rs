@@ -1,4 +1,5 @@
-//! Frames: `u32 length, u8 flags, body`, little-endian, where the body's first byte is the frame's type.
+//! Frames: `u32 length, u8 flags, body`, little-endian, where the body's first byte is the frame's type. The records of events, where
+//! there are any, are the end of the body: the rest of it says how many.
 //!
 //! The decoder knows no socket: it is given bytes as they come and yields whole frames. The length counts flags and body. Before
 //! the first frame each side sends one line of JSON, so that a peer of another kind, or of another version, is told from ours.
@@ -7,11 +8,17 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::node::host::PROBE;
+use crate::record::Run;
+
 /// The longest frame: what is longer disconnects its sender. Leaves room for a `max_payload` of 32 MiB and its wrapping.
 pub(crate) const MAX_FRAME: usize = 64 << 20;
 
 /// What comes before a body: its length and the flags.
 pub(crate) const HEADER: usize = 5;
+
+/// How much is read at once at least.
+const CHUNK: usize = 64 << 10;
 
 /// The longest greeting.
 const MAX_LINE: usize = 4096;
@@ -27,20 +34,30 @@ pub(crate) enum Malformed {
     Body,
 }
 
+/// What is said: fields, and behind them the records of events, if it bears any.
+pub(crate) trait Frame: Serialize + DeserializeOwned {
+    fn run(&self) -> Option<&Run>;
+
+    /// Where the records that came with it belong, and how many there have to be.
+    fn run_mut(&mut self) -> Option<(&mut Run, usize)>;
+}
+
 /// Appends a frame.
 ///
 /// # Errors
 /// If it would be longer than [`MAX_FRAME`]; nothing has been appended then.
-pub(crate) fn encode<T: Serialize>(frame: &T, out: &mut Vec<u8>) -> Result<(), Malformed> {
+pub(crate) fn encode<T: Frame>(frame: &T, out: &mut Vec<u8>) -> Result<(), Malformed> {
     let start = out.len();
     out.extend_from_slice(&[0, 0, 0, 0, CRITICAL]);
-    let body = postcard::to_extend(frame, Tail(out)).map_err(|_| Malformed::Body)?;
-    let length = body.0.len() - start - 4;
+    postcard::to_extend(frame, Tail(out)).map_err(|_| Malformed::Body)?;
+    let parts = frame.run().map_or(&[][..], Run::parts);
+    let length = out.len() - start - 4 + parts.iter().map(Bytes::len).sum::<usize>();
     if length > MAX_FRAME {
-        body.0.truncate(start);
+        out.truncate(start);
         return Err(Malformed::TooLong(length));
     }
-    body.0[start..start + 4].copy_from_slice(&u32::try_from(length).expect("checked above").to_le_bytes());
+    parts.iter().for_each(|part| out.extend_from_slice(part));
+    out[start..start + 4].copy_from_slice(&u32::try_from(length).expect("checked above").to_le_bytes());
     Ok(())
 }
 
@@ -53,15 +70,18 @@ impl Extend<u8> for Tail<'_> {
     }
 }
 
-/// Reads a body.
+/// Reads a body. The records in it are parts of these bytes, and keep them.
 ///
 /// # Errors
 /// If it is not a `T` from its first byte to its last.
-pub(crate) fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
-    match postcard::take_from_bytes(bytes) {
-        Ok((frame, [])) => Ok(frame),
-        Ok(_) | Err(_) => Err(Malformed::Body),
+pub(crate) fn body<T: Frame>(bytes: &Bytes) -> Result<T, Malformed> {
+    let (mut frame, rest) = postcard::take_from_bytes::<T>(bytes).map_err(|_| Malformed::Body)?;
+    match frame.run_mut() {
+        Some((run, count)) => *run = Run::read(bytes.slice_ref(rest), count)?,
+        None if rest.is_empty() => {}
+        None => return Err(Malformed::Body),
     }
+    Ok(frame)
 }
 
 /// Cuts a stream of bytes into frames.
@@ -71,6 +91,15 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
+    /// Whether the first line is the hello of a peer of ours; none until that can be told.
+    pub(crate) fn is_hello(&self) -> Option<bool> {
+        let end = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n');
+        match end {
+            Some(end) => Some(matches!(serde_json::from_slice(&self.buffer[..end]), Ok(Greeting::Hello { .. }))),
+            None => (self.buffer.len() >= MAX_LINE).then_some(false),
+        }
+    }
+
     /// The greeting, once its line is whole.
     pub(crate) fn greeting(&mut self) -> Result<Option<Greeting>, Malformed> {
         let Some(end) = self.buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n') else {
@@ -78,6 +107,12 @@ impl Decoder {
         };
         let line = self.buffer.split_to(end + 1);
         serde_json::from_slice(&line).map(Some).map_err(|_| Malformed::Body)
+    }
+
+    /// How much more to make room for before reading: what is lacking of the next frame, or a chunk.
+    pub(crate) fn reserve(&mut self) {
+        let lacking = self.buffer.first_chunk::<4>().map_or(0, |header| u32::from_le_bytes(*header) as usize);
+        self.buffer.reserve(lacking.min(MAX_FRAME).saturating_sub(self.buffer.len()).max(CHUNK));
     }
 
     /// The body of the next frame, once it is whole.
@@ -124,6 +159,8 @@ pub(crate) enum Greeting {
         topic: String,
     },
     Subscribed,
+    /// A broker does not serve this user.
+    Denied,
     /// A broker answers, with the epoch it claimed.
     Welcome {
         v: u32,
@@ -135,7 +172,12 @@ impl Greeting {
     /// What a client says first.
     pub(crate) fn hello(client: u64, session: u64) -> Vec<u8> {
         let hello = Self::Hello { v: crate::protocol::VERSION, client, session };
-        [hello.line(), Self::Subscribe { topic: "pubsub.probe".into() }.line()].concat()
+        [hello.line(), Self::probe()].concat()
+    }
+
+    /// What is said to a broker to see whether it answers like a TypeScript peer.
+    pub(crate) fn probe() -> Vec<u8> {
+        Self::Subscribe { topic: PROBE.into() }.line()
     }
 
     pub(crate) fn line(&self) -> Vec<u8> {
@@ -194,6 +236,22 @@ mod tests {
                 drop(body::<ToBroker>(&frame));
                 drop(body::<crate::protocol::FromBroker>(&frame));
             }
+        }
+    }
+
+    #[test]
+    fn frames_come_whole_wherever_they_are_cut_in_two() {
+        let mut bytes = Vec::new();
+        frames().iter().for_each(|frame| encode(frame, &mut bytes).unwrap());
+        for cut in 0..=bytes.len() {
+            let (mut decoder, mut found) = (Decoder::default(), Vec::new());
+            for part in [&bytes[..cut], &bytes[cut..]] {
+                decoder.buffer.extend_from_slice(part);
+                while let Some(frame) = decoder.next().unwrap() {
+                    found.push(body::<ToBroker>(&frame).unwrap());
+                }
+            }
+            assert_eq!(found, frames(), "cut at {cut}");
         }
     }
 

@@ -1,5 +1,7 @@
 //! What a log says: a snapshot of the ledger, then the changes since. Bytes only; where they are kept is another matter.
 
+use bytes::Bytes;
+
 use crate::frame;
 use crate::ledger::Ledger;
 use crate::protocol::{ClientId, ToBroker};
@@ -17,6 +19,7 @@ pub(crate) fn read(log: &[u8]) -> Option<Ledger> {
     let (snapshot, _) = log.split_first_chunk::<8>()?;
     let snapshot = usize::try_from(u64::from_le_bytes(*snapshot)).ok()?;
     let mut ledger: Ledger = postcard::from_bytes(log.get(8..snapshot)?).ok()?;
+    ledger.index();
     replay(&mut ledger, &log[snapshot..]);
     Some(ledger)
 }
@@ -39,7 +42,8 @@ fn replay(ledger: &mut Ledger, log: &[u8]) -> usize {
         && tail.len() >= length
         && let Some((at, body)) = tail[..length].split_first_chunk::<8>()
         && let Some((client, body)) = body.split_first_chunk::<8>()
-        && let Ok(change) = frame::body::<ToBroker>(body)
+        // A copy, for events to be parts of: the log is to be forgotten.
+        && let Ok(change) = frame::body::<ToBroker>(&Bytes::copy_from_slice(body))
     {
         ledger.apply(u64::from_le_bytes(*at), u64::from_le_bytes(*client), &change);
         rest = &tail[length..];

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pubsub_core::{Acquired, Error, ErrorKind, Lease, LeaseProvider, Reach, Result, check_lease};
+use pubsub_core::{Acquired, Capability, Error, ErrorKind, Lease, LeaseProvider, Reach, Result, check_lease};
 use tokio::time::timeout;
 
 use crate::protocol::{Answer, LeaseState, OnLease, Query, Reply, Request};
@@ -19,6 +19,9 @@ impl UnixLeases {
     fn check(&self, operation: &'static str, names: &[&str], ttl: Option<Duration>) -> Result<()> {
         if self.0.is_closing() {
             return Err(Error::closed().during(operation).on(names[0].escape_debug()));
+        }
+        if self.0.link.is_foreign() {
+            return Err(Error::unsupported(Capability::Leases).during(operation).on(names[0].escape_debug()));
         }
         check_lease(names, ttl).map_err(|error| error.during(operation))
     }

@@ -50,7 +50,7 @@
 //!
 //! The socket's absolute path has at most 98 bytes. Its directory belongs to the same user or to root, and is on a local file system;
 //! if anybody may write to it, it has the sticky bit. A directory that is missing is made for its owner alone (0700); socket and files are
-//! 0600. Only processes of the same user, and root, are served. An event has at most 16 MiB ([`max_payload`](UnixBuilder::max_payload)).
+//! 0600. Only processes of the same user, and root, are served, and whoever is [admitted](UnixBuilder::allow_users). An event has at most 16 MiB ([`max_payload`](UnixBuilder::max_payload)).
 //! A bus has 65,536 topics, each of them 1,024 groups, and 10,000 peers at most. An instance has one task and no thread, the broker one
 //! thread; a subscription has neither.
 //!
@@ -64,59 +64,53 @@
 //!   nobody believes it.
 //! - *The disk is full*: publishes fail with `Unavailable`, their events not sent; settlements are repeated until they can be written.
 //!
-//! # Protocol
+//! # With TypeScript
 //!
-//! Beside the socket `S` there are `S.lock` (an advisory lock, for the broker's life: it gives order), `S.epoch` (a register of 32-byte
-//! records; who appended the last is the broker: it gives safety), `S.log.EPOCH` (a snapshot of the broker's ledger, then every change
-//! since, each written before it is confirmed), and the socket again under a private name, from which `S` is hard-linked.
+//! The socket can be shared with processes of Mastra (`@mastra/core` 1.71, its `UnixSocketPubSub`): whoever is the broker, all of them are on
+//! one bus, and its elections are one. The broker translates where the two tongues meet, and only there.
 //!
-//! A client claims nothing and believes nothing unseen: after each read, and before it acts on what it read, it looks whether the
-//! register still has the epoch of its connection, and otherwise throws the batch away and connects again. So whatever a stopped
-//! broker says after its successor's claim is not heard; and what was heard before was in the log, which the successor reads after
-//! its claim.
-//!
-//! A client begins with two lines of JSON, `{"type":"hello","v":1,"client":C,"session":N}` and `{"type":"subscribe","topic":"pubsub.probe"}`. A
-//! broker answers `{"type":"welcome","v":1,"epoch":E}`, after which both speak frames: `u32 length, u8 flags, body`, little-endian, at most 64 MiB, the body's first byte the type of the frame, the rest its
-//! fields in the encoding of postcard. A frame of an unknown type is skipped, unless it is flagged as critical (1): that ends
-//! the connection. A broker of another version refuses the client with its welcome.
-//!
-//! | to the broker | |
-//! | --- | --- |
-//! | `call` number, below, request | a change: publish, join, leave, settle, clear, trim, lease. Carried out once, and in order; `below` is the first number not answered yet |
-//! | `take` seat, number, most | a member asks for deliveries; it waits there until there are some |
-//! | `ask` id, query | a question; a `read` waits there until there is something behind its place |
-//! | `cancel` id | the answer is no longer wanted |
-//! | `ping`, `bye` | it lives; it ends |
-//!
-//! | from the broker | |
-//! | --- | --- |
-//! | `answer` number | to a call |
-//! | `reply` id | to a question |
-//! | `taken` member, number, deliveries | to a take; without deliveries: the seat is gone |
-//! | `pong`, `ping` | |
-//!
-//! Processes of Mastra, which speak JSON alone, cannot take part. Its election file `S.elect` is honoured, and a broker of its kind, which
-//! ignores the hello and answers the probe, keeps the socket: the status then is `Failed`, until it has gone.
+//! - *Under a broker of ours* they have what they are used to, and more: what they publish is written to the log, a slow or a busy
+//!   process loses nothing, and groups keep their place. They are told nothing that their tongue has no words for: they settle what
+//!   was written to their connection, and their publishes wait where ours would fail.
+//! - *Under a broker of theirs* an instance can do what such a broker can: events are given out once, to those who are there, in one
+//!   order, under ids and times of the broker's; there is no history, no durable group, no lease, and nothing outlives the broker.
+//!   Attempts are counted, and retries kept, by each instance. [`capabilities`](pubsub_core::PubSub::capabilities) says so while it lasts, and changes when brokers do;
+//!   what has to hold at all times is had with [`native_only`](UnixBuilder::native_only).
+//! - *Data* is plain JSON in both directions. A `Date` is read as text, a `BigInt` as a number, a `Map` as an object; the table is [below](#envelopes).
+//!   With [`envelopes`](UnixBuilder::envelopes) an application reads and writes the tagged envelopes themselves.
 
+#![doc = include_str!("../PROTOCOL.md")]
+
+mod abroad;
 mod broker;
 mod builder;
 mod convert;
 mod election;
+mod entry;
 mod files;
 mod frame;
+mod guests;
 mod journal;
 mod leases;
 mod ledger;
 mod link;
 mod member;
+mod node;
+mod pipe;
 mod protocol;
 mod reader;
+mod record;
 mod remote;
 mod serve;
 mod session;
 mod subscription;
 mod unix;
 
+#[doc(hidden)]
+pub mod fuzz;
+
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod model;
 

@@ -2,70 +2,88 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use pubsub_core::{Error, ErrorKind, Receipt, Result, Settled, Status};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use pubsub_core::{Error, ErrorKind, Receipt, Result, Settled, Status, Topic};
+use smol_str::SmolStr;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::broker::{PING, Patience};
-use crate::election::{Found, find};
-use crate::files::{Paths, Register};
-use crate::frame::{self, Decoder, Greeting};
+use crate::broker::Patience;
+use crate::entry::Entry;
+use crate::files::Paths;
+use crate::frame;
 use crate::ledger::Limits;
 use crate::member::Member;
-use crate::protocol::{Answer, FromBroker, Query, Reply, Request, Seat, ToBroker, VERSION};
+use crate::pipe::Outgoing;
+use crate::protocol::{Answer, FromBroker, Place, Query, Reply, Request, Seat, Settling, ToBroker, What};
 use crate::reader::Reader;
-use crate::serve::Serving;
 use crate::session::{Heard, Session};
 
-/// How long a broker may take to welcome a client before another takes its place.
-const HUNG: Duration = Duration::from_secs(3);
+mod carry;
 
-/// How many pings, a second apart, it may leave unanswered.
-const UNANSWERED: u32 = 2;
+pub(crate) use self::carry::kind;
+use self::carry::{Line, carry};
 
-/// How long to wait at most before trying again to find a broker.
-const MAX_PAUSE: Duration = Duration::from_millis(20);
-
-/// How long to wait before looking again whether a broker of another kind is still there.
-const FOREIGN_PAUSE: Duration = Duration::from_millis(500);
-
-/// How long the last words of an instance that was dropped may take.
-const LAST_WORDS: Duration = Duration::from_millis(250);
+/// How long the first connection may take before an instance is handed out without one.
+const FIRST: Duration = Duration::from_secs(1);
 
 /// How long to wait before a settlement that could not be written is said again.
 const INSISTENCE: Duration = Duration::from_millis(20);
+
+/// How many settlements are said together at most.
+const SETTLED_TOGETHER: usize = 500;
 
 /// How many calls may be unanswered before publishers wait.
 const MAX_UNANSWERED: usize = 4096;
 
 /// How many bytes may be on their way to the broker before publishers wait.
-const MAX_OUT: usize = 16 << 20;
+pub(crate) const MAX_OUT: usize = 16 << 20;
 
 /// What the link needs to know of how its instance is configured.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) paths: Paths,
+    pub(crate) entry: Entry,
     pub(crate) limits: Limits,
     pub(crate) patience: Patience,
     pub(crate) max_peer_bytes: usize,
     pub(crate) sync: bool,
+    pub(crate) tongue: Tongue,
+}
+
+/// What an instance speaks with brokers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tongue {
+    /// What the broker speaks.
+    Any,
+    /// Ours, and with no other.
+    Native,
+    /// That of TypeScript peers, with brokers of ours too: for tests.
+    Lines,
 }
 
 /// What is kept with a call until it is answered.
 enum Kept {
     Answer(oneshot::Sender<Answer>),
-    /// A settlement, or a dead letter: said again until it could be written.
+    /// A dead letter, or that a member leaves: said again until it could be written.
     Insist(oneshot::Sender<Settled>),
+    /// Settlements, each with who waits for it: said again as well.
+    Settle(Vec<oneshot::Sender<Settled>>),
+}
+
+/// Settlements that were recorded and not said yet: they are said together.
+struct Batch {
+    seat: Seat,
+    generation: u64,
+    settled: Vec<Settling>,
+    tell: Vec<oneshot::Sender<Settled>>,
 }
 
 /// Who waits for a reply.
@@ -83,18 +101,52 @@ pub(crate) struct Link {
     /// Something was written or answered.
     less: Notify,
     status: watch::Sender<Status>,
+    /// Whether the broker is a TypeScript peer, or was when there last was one.
+    foreign: AtomicBool,
 }
 
 struct State {
     session: Session<Kept, Asker>,
     /// Frames to be written, while there is a broker.
     out: Vec<u8>,
+    /// The connection, for what is written at once.
+    stream: Option<Arc<Outgoing>>,
+    /// Whether the task is writing.
+    writing: bool,
     connected: bool,
     closed: bool,
     members: HashMap<u64, Weak<Member>>,
+    /// How many fan-out subscriptions follow each topic.
+    followed: HashMap<SmolStr, u64>,
+    batch: Option<Batch>,
 }
 
 impl State {
+    /// Makes a change. What was settled before is said before.
+    fn call(&mut self, request: Request, kept: Kept) {
+        self.say_batch();
+        let frame = self.session.call(request, kept);
+        self.say(&frame);
+    }
+
+    /// Writes now what is to be written, as far as the connection takes it: a question that waits for its asker to let the task run
+    /// is answered while the asker could have gone on. Returns whether the task has nothing left to do.
+    fn write_now(&mut self) -> bool {
+        let Some(stream) = self.stream.as_ref().filter(|_| !self.writing) else { return false };
+        match stream.try_write(&self.out) {
+            Ok(written) => drop(self.out.drain(..written)),
+            Err(_) => return false, // full, or broken: the task finds out
+        }
+        self.out.is_empty()
+    }
+
+    fn say_batch(&mut self) {
+        if let Some(Batch { seat, generation, settled, tell }) = self.batch.take() {
+            let frame = self.session.call(Request::Settle { seat, generation, settled }, Kept::Settle(tell));
+            self.say(&frame);
+        }
+    }
+
     fn say(&mut self, frame: &ToBroker) {
         // What cannot be said now is said when there is a broker again.
         if self.connected {
@@ -117,16 +169,88 @@ impl Link {
         let state = State {
             session: Session::new(fastrand::u64(..)),
             out: Vec::new(),
+            stream: None,
+            writing: false,
             connected: false,
             closed: false,
             members: HashMap::new(),
+            followed: HashMap::new(),
+            batch: None,
         };
-        let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status });
+        let foreign = AtomicBool::new(false);
+        let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status, foreign });
         let (end, ended) = oneshot::channel();
-        let mut line = Line { link: Arc::downgrade(&link), config, serving: None, supersede: false };
+        let mut line = Line { link: Arc::downgrade(&link), config, serving: None, supersede: false, host: None };
         let first = line.find().await.map_err(|error| Error::new(kind(&error)).during("connect").caused_by(error))?;
         let task = tokio::spawn(carry(line, first, ended));
+        // What the instance can do depends on who the broker is.
+        let known = |status: &Status| !matches!(status, Status::Reconnecting { .. });
+        let _ = timeout(FIRST, link.status.subscribe().wait_for(known)).await; // without a broker it goes on looking
+        if let Status::Failed(error) = &*link.status.borrow()
+            && matches!(error.kind(), ErrorKind::Denied)
+        {
+            return Err(Error::new(ErrorKind::Denied).during("connect").caused_by(error.to_string()));
+        }
         Ok((link, Carrier { task, end }))
+    }
+
+    /// Whether the broker is a TypeScript peer.
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.foreign.load(Ordering::Acquire)
+    }
+
+    /// Who the broker is has changed: questions of readers are about what the other one kept, and they ask anew.
+    fn moved(&self, foreign: bool) {
+        if self.foreign.swap(foreign, Ordering::AcqRel) == foreign {
+            return;
+        }
+        let askers = self.state.lock().session.withdraw(|asker| matches!(asker, Asker::Reader(_)));
+        for asker in askers {
+            if let Asker::Reader(reader) = asker
+                && let Some(reader) = reader.upgrade()
+            {
+                reader.ask_again();
+            }
+        }
+    }
+
+    /// A fan-out subscription follows a topic from now on.
+    pub(crate) fn follow(&self, topic: &Topic) {
+        *self.state.lock().followed.entry(topic.as_str().into()).or_default() += 1;
+    }
+
+    /// It no longer does. A broker that is a TypeScript peer has to be told when nobody does: it sends without being asked.
+    pub(crate) fn unfollow(&self, topic: &Topic) {
+        {
+            let mut state = self.state.lock();
+            let Some(followers) = state.followed.get_mut(topic.as_str()) else { return };
+            *followers -= 1;
+            if *followers > 0 {
+                return;
+            }
+            state.followed.remove(topic.as_str());
+        }
+        if self.is_foreign() {
+            let seat = Seat { topic: topic.as_str().into(), group: SmolStr::default(), member: 0 };
+            drop(self.call(Request::Leave { seat, heard: 0 }));
+        }
+    }
+
+    /// Takes what is to be said.
+    pub(crate) fn said(&self) -> Vec<u8> {
+        let mut state = self.state.lock();
+        state.say_batch();
+        std::mem::take(&mut state.out)
+    }
+
+    /// Waits until there is something to be said.
+    pub(crate) async fn spoken(&self) {
+        self.more.notified().await;
+    }
+
+    /// Something was said or answered.
+    pub(crate) fn eased(&self) {
+        self.less.notify_waiters();
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<Status> {
@@ -182,10 +306,40 @@ impl Link {
             if state.closed {
                 return; // what was kept is dropped: closed, or unconfirmed
             }
-            let frame = state.session.call(request, kept);
-            state.say(&frame);
+            state.call(request, kept);
+            // One by itself is on its way at once; one of many goes with those that follow it.
+            if state.session.unanswered() == 1 && state.write_now() {
+                return;
+            }
         }
         self.more.notify_one();
+    }
+
+    /// Settles a delivery to a member: said together with others, and again until it could be written.
+    pub(crate) fn settle(&self, seat: &Seat, place: Place, attempt: u32, what: What) -> Receipt {
+        let (tell, receipt) = Receipt::pending();
+        let Place { generation, offset } = place;
+        let is_first = {
+            let mut state = self.state.lock();
+            if state.closed {
+                return receipt; // unconfirmed
+            }
+            let others = |batch: &Batch| {
+                batch.seat.member != seat.member || batch.generation != generation || batch.settled.len() >= SETTLED_TOGETHER
+            };
+            if state.batch.as_ref().is_some_and(others) {
+                state.say_batch();
+            }
+            let empty = || Batch { seat: seat.clone(), generation, settled: Vec::new(), tell: Vec::new() };
+            let batch = state.batch.get_or_insert_with(empty);
+            batch.settled.push(Settling { offset, attempt, what });
+            batch.tell.push(tell);
+            batch.tell.len() == 1
+        };
+        if is_first {
+            self.more.notify_one();
+        }
+        receipt
     }
 
     /// Asks; dropped, it no longer wants to know.
@@ -214,6 +368,9 @@ impl Link {
             }
             let (id, frame) = state.session.ask(query, Asker::Reader(reader));
             state.say(&frame);
+            if state.write_now() {
+                return Some(id);
+            }
             id
         };
         self.more.notify_one();
@@ -238,8 +395,12 @@ impl Link {
                 return;
             }
             state.members.insert(seat.member, member.clone());
+            state.say_batch();
             let Some(frame) = state.session.take(seat.clone(), most) else { return };
             state.say(&frame);
+            if state.write_now() {
+                return;
+            }
         }
         self.more.notify_one();
     }
@@ -253,7 +414,12 @@ impl Link {
 
     /// Waits until all calls made before are answered. Cancel safe.
     pub(crate) async fn flush(&self) {
-        let before = self.state.lock().session.next_call();
+        let before = {
+            let mut state = self.state.lock();
+            state.say_batch();
+            state.session.next_call()
+        };
+        self.more.notify_one();
         loop {
             let less = self.less.notified();
             let mut less = std::pin::pin!(less);
@@ -273,10 +439,28 @@ impl Link {
         let unanswered = {
             let mut state = self.state.lock();
             state.closed = true;
-            state.session.give_up()
+            (state.session.give_up(), state.batch.take())
         };
         drop(unanswered);
         self.less.notify_waiters();
+    }
+
+    /// There is a broker: says again what was not answered. A TypeScript peer is asked first, so that what is published then is
+    /// heard by those who asked.
+    fn resume(&self) {
+        let foreign = self.is_foreign();
+        {
+            let mut state = self.state.lock();
+            state.out.clear();
+            state.connected = true;
+            let mut frames: Vec<_> = state.session.resume().collect();
+            if foreign {
+                frames.sort_by_key(|frame| !matches!(frame, ToBroker::Ask { .. }));
+            }
+            frames.iter().for_each(|frame| state.say(frame));
+        }
+        self.ask_for_seats();
+        self.tell(Status::Connected);
     }
 
     /// Members that hold something may have lost it meanwhile, if this process was stopped for so long that it was taken for dead.
@@ -295,7 +479,7 @@ impl Link {
     }
 
     /// A frame came.
-    fn heard(self: &Arc<Self>, frame: FromBroker) {
+    pub(crate) fn heard(self: &Arc<Self>, frame: FromBroker) {
         let (heard, member) = {
             let mut state = self.state.lock();
             let heard = state.session.hear(frame);
@@ -311,31 +495,37 @@ impl Link {
         };
         match heard {
             Heard::Answer(answer, _, Kept::Answer(tell)) => drop(tell.send(answer)),
-            Heard::Answer(Answer::Failed(_) | Answer::Full, request, Kept::Insist(tell)) => {
+            Heard::Answer(Answer::Failed(_) | Answer::Full, request, kept) => {
                 let link = self.clone();
                 tokio::spawn(async move {
                     sleep(INSISTENCE).await;
-                    link.make(request, Kept::Insist(tell));
+                    link.make(request, kept);
                 });
             }
-            Heard::Answer(answer, _, Kept::Insist(tell)) => {
-                let late = answer == Answer::Settled(false);
-                let _ = tell.send(if late { Settled::TooLate } else { Settled::Done }); // nobody may be waiting
-            }
-            Heard::Reply(_, reply, Asker::Caller(tell)) => drop(tell.send(reply)),
-            Heard::Reply(id, reply, Asker::Reader(reader)) => {
-                if let (Some(reader), Reply::Stretch(stretch)) = (reader.upgrade(), reply) {
-                    reader.arrived(id, stretch);
+            // Nobody may be waiting for these.
+            Heard::Answer(_, _, Kept::Insist(tell)) => drop(tell.send(Settled::Done)),
+            Heard::Answer(answer, _, Kept::Settle(tell)) => {
+                let late = if let Answer::Settled(late) = answer { late } else { Vec::new() };
+                let mut late = late.into_iter().peekable();
+                for (place, tell) in (0..).zip(tell) {
+                    let is_late = late.next_if_eq(&place).is_some();
+                    let _ = tell.send(if is_late { Settled::TooLate } else { Settled::Done });
                 }
             }
+            Heard::Reply(_, reply, Asker::Caller(tell)) => drop(tell.send(reply)),
+            Heard::Reply(id, reply, Asker::Reader(reader)) => match (reader.upgrade(), reply) {
+                (Some(reader), Reply::Stretch(stretch)) => reader.arrived(id, stretch),
+                (Some(reader), Reply::Start(Ok(place))) => reader.moved(id, place),
+                _ => {}
+            },
             Heard::Reply(_, reply, Asker::Member(member)) => {
                 if let (Some(member), Reply::Seated(false)) = (member.upgrade(), reply) {
                     member.rejoin();
                 }
             }
-            Heard::Taken { bus, generation, handed, .. } => {
+            Heard::Taken { bus, generation, handed, events, .. } => {
                 if let Some(member) = member.and_then(|member| member.upgrade()) {
-                    member.taken(&bus, generation, handed);
+                    member.taken(&bus, generation, handed, &events);
                 }
             }
             Heard::Ping => self.more.notify_one(),
@@ -364,226 +554,5 @@ impl Future for Asked {
 impl Drop for Asked {
     fn drop(&mut self) {
         self.id.into_iter().for_each(|id| self.link.cancel(id));
-    }
-}
-
-/// What the task keeps: the broker, if this process is it.
-struct Line {
-    link: Weak<Link>,
-    config: Config,
-    serving: Option<Serving>,
-    /// Whether the broker there is does not answer.
-    supersede: bool,
-}
-
-impl Line {
-    /// Finds the broker or becomes it. None: somebody else is becoming it.
-    async fn find(&mut self) -> io::Result<Option<UnixStream>> {
-        let Config { paths, limits, patience, max_peer_bytes, sync } = self.config.clone();
-        let supersede = std::mem::take(&mut self.supersede);
-        let found =
-            tokio::task::spawn_blocking(move || find(&paths, limits, sync, supersede)).await.map_err(io::Error::other)??;
-        match found {
-            Found::Broker(stream) => {
-                stream.set_nonblocking(true)?;
-                UnixStream::from_std(stream).map(Some)
-            }
-            Found::Elected(office) => {
-                self.serving = Some(Serving::start(*office, patience, max_peer_bytes)?);
-                UnixStream::connect(&self.config.paths.socket).await.map(Some)
-            }
-            Found::Busy => Ok(None),
-        }
-    }
-}
-
-/// Keeps the link connected until its instance ends.
-async fn carry(mut line: Line, first: Option<UnixStream>, mut ended: oneshot::Receiver<()>) {
-    let mut found = Ok(first);
-    let mut pause = Duration::ZERO;
-    loop {
-        let mut foreign = None;
-        let connected = match found {
-            Ok(Some(stream)) => {
-                let link = line.link.upgrade();
-                let mut talking = std::pin::pin!(talk(&mut line, stream));
-                tokio::select! {
-                    talked = &mut talking => match talked {
-                        Ok(true) => pause = Duration::ZERO,
-                        Err(error) if error.kind() == io::ErrorKind::InvalidData => foreign = Some(error),
-                        Ok(false) | Err(_) => {}
-                    },
-                    _ = &mut ended => {
-                        let Some(link) = link else { break };
-                        tokio::select! {
-                            _ = &mut talking => {}
-                            () = last_words(&link) => {}
-                        }
-                        break;
-                    }
-                }
-                true
-            }
-            Ok(None) => false,
-            Err(error) => {
-                tracing::debug!(%error, "no broker, and none could be made");
-                if let Some(link) = line.link.upgrade()
-                    && kind(&error) == ErrorKind::Denied
-                {
-                    link.tell(Status::Failed(Arc::new(Error::new(ErrorKind::Denied).caused_by(error))));
-                }
-                false
-            }
-        };
-        let is_foreign = foreign.is_some();
-        if connected && let Some(link) = line.link.upgrade() {
-            link.state.lock().connected = false;
-            link.tell(match foreign {
-                // It is not ours to take the socket from; once it is gone, this goes on.
-                Some(error) => Status::Failed(Arc::new(Error::new(kind(&error)).during("connect").caused_by(error))),
-                None => Status::Reconnecting { since: SystemTime::now() },
-            });
-        }
-        tokio::select! {
-            () = sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
-            _ = &mut ended => break,
-        }
-        pause = if is_foreign { FOREIGN_PAUSE } else { (2 * pause).clamp(Duration::from_millis(1), MAX_PAUSE) };
-        found = line.find().await;
-    }
-    if let Some(serving) = line.serving.take() {
-        serving.ended().await;
-    }
-}
-
-/// Talks with a broker until the connection breaks or the epoch changes. Returns whether it was welcome. When the instance ends
-/// this is dropped; what it had to say was said before, by `last_words`.
-async fn talk(line: &mut Line, stream: UnixStream) -> io::Result<bool> {
-    let (mut from, mut to) = stream.into_split();
-    let Some(link) = line.link.upgrade() else { return Ok(false) };
-    let hello = {
-        let mut state = link.state.lock();
-        let session = state.session.connect();
-        Greeting::hello(state.session.client, session)
-    };
-    to.write_all(&hello).await?;
-    let mut decoder = Decoder::default();
-    let epoch = match timeout(HUNG, welcome(&mut from, &mut decoder)).await {
-        Ok(epoch) => epoch?,
-        Err(_) => {
-            line.supersede = true;
-            return Ok(false);
-        }
-    };
-    let register = Register::open(&line.config.paths)?;
-    if register.epoch()? != epoch {
-        return Ok(false);
-    }
-    {
-        let mut state = link.state.lock();
-        state.out.clear();
-        state.connected = true;
-        let frames: Vec<_> = state.session.resume().collect();
-        frames.iter().for_each(|frame| state.say(frame));
-    }
-    link.ask_for_seats();
-    link.tell(Status::Connected);
-    let hung = tokio::select! {
-        read = read(&link, &mut from, &mut decoder, &register, epoch) => read?,
-        written = write(&link, &mut to) => written.map(|()| false)?,
-    };
-    line.supersede = hung;
-    Ok(true)
-}
-
-async fn welcome(from: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) -> io::Result<u64> {
-    let foreign = || io::Error::new(io::ErrorKind::InvalidData, "what listens on the socket is no broker of this version");
-    loop {
-        match decoder.greeting() {
-            Ok(Some(Greeting::Welcome { v: VERSION, epoch })) => return Ok(epoch),
-            Ok(Some(_)) | Err(_) => return Err(foreign()),
-            Ok(None) => {}
-        }
-        if from.read_buf(&mut decoder.buffer).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-    }
-}
-
-/// Reads until the connection ends. True if the broker fell silent.
-async fn read(
-    link: &Arc<Link>,
-    from: &mut (impl AsyncReadExt + Unpin),
-    decoder: &mut Decoder,
-    register: &Register,
-    epoch: u64,
-) -> io::Result<bool> {
-    let malformed = |why| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
-    // Counted, not timed: after this process was stopped, the broker gets its time to answer.
-    let mut silent = 0;
-    loop {
-        // Whatever was read counts only if the broker was one when it was read: a successor would not know of it.
-        if register.epoch()? != epoch {
-            return Ok(false);
-        }
-        while let Some(body) = decoder.next().map_err(malformed)? {
-            link.heard(frame::body(&body).map_err(malformed)?);
-        }
-        link.less.notify_waiters();
-        decoder.buffer.reserve(64 << 10);
-        match timeout(Duration::from_millis(PING), from.read_buf(&mut decoder.buffer)).await {
-            Ok(read) => {
-                if read? == 0 {
-                    return Ok(false);
-                }
-                silent = 0;
-            }
-            Err(_) if silent == UNANSWERED => return Ok(true),
-            Err(_) => {
-                silent += 1;
-                link.state.lock().say(&ToBroker::Ping);
-                link.more.notify_one();
-            }
-        }
-    }
-}
-
-async fn write(link: &Link, to: &mut (impl AsyncWriteExt + Unpin)) -> io::Result<()> {
-    loop {
-        let bytes = std::mem::take(&mut link.state.lock().out);
-        if bytes.is_empty() {
-            link.more.notified().await;
-            continue;
-        }
-        to.write_all(&bytes).await?;
-        link.less.notify_waiters();
-    }
-}
-
-/// What an instance that ends has still to say: what was recorded, within a short time, and that it goes.
-async fn last_words(link: &Link) {
-    let _ = timeout(LAST_WORDS, link.flush()).await;
-    link.state.lock().say(&ToBroker::Bye);
-    link.more.notify_one();
-    let written = async {
-        loop {
-            let less = link.less.notified();
-            let mut less = std::pin::pin!(less);
-            less.as_mut().enable();
-            if link.state.lock().out.is_empty() {
-                return;
-            }
-            less.await;
-        }
-    };
-    let _ = timeout(LAST_WORDS, written).await;
-}
-
-/// The public kind of an error of the system.
-pub(crate) fn kind(error: &io::Error) -> ErrorKind {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => ErrorKind::Denied,
-        io::ErrorKind::InvalidData | io::ErrorKind::AlreadyExists => ErrorKind::Backend(error.to_string().into()),
-        _ => ErrorKind::Unavailable,
     }
 }

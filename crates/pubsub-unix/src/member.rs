@@ -1,6 +1,7 @@
 //! A member of a group: what it has taken and not handed over, and what is in its consumer's hands.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -11,11 +12,12 @@ use pubsub_core::{
     AckMode, Delivery, Event, Group, Position, Receipt, Result, Scope, Settled, Settlement, Settler, SubscribeOptions,
     SubscriptionStatus, Topic, dead_letter,
 };
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::convert::{decode, letter_of_malformed, scope, store};
-use crate::protocol::{Handed, Place, Query, Request, Seat, Stored, What};
+use crate::convert::{letter_of_malformed, scope};
+use crate::protocol::{Handed, Place, Query, Request, Seat, What};
+use crate::record::{Run, Stored};
 use crate::remote::Remote;
 use crate::subscription::{poll_revoked, settled_if};
 
@@ -37,14 +39,16 @@ pub(crate) struct Member {
     options: SubscribeOptions,
     me: Weak<Self>,
     state: Mutex<State>,
-    /// How many are in the consumer's hands.
-    held: watch::Sender<usize>,
+    /// Rings when nothing is in the consumer's hands, for those who wait for it.
+    idle: Notify,
 }
 
 #[derive(Default)]
 struct State {
     taken: VecDeque<Taken>,
     held: InFlight<Held>,
+    /// Whether somebody waits until nothing is held.
+    idle_wanted: bool,
     waker: Option<Waker>,
     /// Whether a take is on its way.
     asked: bool,
@@ -95,16 +99,16 @@ impl Member {
             options,
             me: me.clone(),
             state: Mutex::new(State { window: 1, ..State::default() }),
-            held: watch::Sender::new(0),
+            idle: Notify::new(),
         })
     }
 
     fn settle_as(&self, place: Place, attempt: u32, what: What) -> Receipt {
-        self.remote.link.insist(Request::Settle { seat: self.seat.clone(), place, attempt, what })
+        self.remote.link.settle(&self.seat, place, attempt, what)
     }
 
     /// Deliveries came, or word that the seat is no longer this member's: it was taken for dead.
-    pub(crate) fn taken(&self, bus: &str, generation: u64, handed: Option<Vec<Handed>>) {
+    pub(crate) fn taken(&self, bus: &str, generation: u64, handed: Option<Vec<Handed>>, events: &Run) {
         let Some(handed) = handed else { return self.rejoin() };
         let scope = scope(bus, generation);
         let until = Instant::now() + LINGER;
@@ -112,7 +116,7 @@ impl Member {
             let mut state = self.state.lock();
             state.asked = false;
             (state.came, state.since, state.settled) = (handed.len(), Some(Instant::now()), 0);
-            let taken = handed.into_iter().map(|Handed { offset, attempt, lagged, stored }| Taken {
+            let taken = handed.into_iter().zip(events.iter()).map(|(Handed { offset, attempt, lagged }, stored)| Taken {
                 scope: scope.clone(),
                 place: Place { generation, offset },
                 attempt,
@@ -144,7 +148,7 @@ impl Member {
             state.taken.clear();
             let lost: Vec<u64> = state.held.iter().filter(|(_, held)| held.is_remote()).map(|(token, _)| token).collect();
             let lost: Vec<Held> = lost.into_iter().filter_map(|token| state.held.remove(token)).collect();
-            self.held.send_replace(state.held.len());
+            self.ring_if_idle(&mut state);
             if state.ended {
                 return;
             }
@@ -206,7 +210,7 @@ impl Member {
     fn hand_over(&self, taken: Taken, mode: AckMode) -> Option<Delivery> {
         let Taken { scope, place, attempt, lagged, stored } = taken;
         self.state.lock().lagged += lagged;
-        let Ok(event) = decode(&stored, place).map(Arc::new) else {
+        let Ok(event) = self.remote.read(&stored, place).map(Arc::new) else {
             self.state.lock().dropped += 1;
             let letter = letter_of_malformed(&self.topic, &self.options, &stored, attempt);
             drop(self.settle_as(place, attempt, What::Bury(letter)));
@@ -227,7 +231,8 @@ impl Member {
                 self.hold(held, event, attempt)
             }
         };
-        Some(delivery.at(scope, Position::from(place.offset)).after_losing(lagged))
+        let delivery = if place.is_foreign() { delivery } else { delivery.at(scope, Position::from(place.offset)) };
+        Some(delivery.after_losing(lagged))
     }
 
     /// Hands over a delivery that came from the instance's own queue.
@@ -243,9 +248,7 @@ impl Member {
         let is_remote = held.is_remote();
         let token = {
             let mut state = self.state.lock();
-            let token = state.held.insert(held);
-            self.held.send_replace(state.held.len());
-            token
+            state.held.insert(held)
         };
         if is_remote {
             self.arm(Instant::now() + self.options.max_hold);
@@ -272,7 +275,7 @@ impl Member {
             let mut state = self.state.lock();
             let held = state.held.remove(token)?;
             state.settled += 1;
-            self.held.send_replace(state.held.len());
+            self.ring_if_idle(&mut state);
             (held, state.waker.take())
         };
         waker.into_iter().for_each(Waker::wake);
@@ -282,7 +285,7 @@ impl Member {
     fn give_up(&self, event: &Event, place: Place, attempt: u32, reason: &str, attempts: u32) -> Receipt {
         let letter = self.options.dead_letter.as_ref().and_then(|to| {
             let letter = dead_letter(event, &self.topic, Some(&self.group), attempts, reason);
-            Some((to.as_str().into(), store(&letter, usize::MAX).ok()?))
+            Some((to.as_str().into(), self.remote.store(&letter, usize::MAX).ok()?))
         });
         {
             let mut state = self.state.lock();
@@ -347,8 +350,26 @@ impl Member {
 
     /// Waits until nothing is in the consumer's hands.
     pub(crate) async fn idle(&self) {
-        // The sender is this very member's.
-        let _ = self.held.subscribe().wait_for(|held| *held == 0).await;
+        loop {
+            let idle = self.idle.notified();
+            let mut idle = pin!(idle);
+            idle.as_mut().enable();
+            {
+                let mut state = self.state.lock();
+                if state.held.is_empty() {
+                    return;
+                }
+                state.idle_wanted = true;
+            }
+            idle.await;
+        }
+    }
+
+    fn ring_if_idle(&self, state: &mut State) {
+        if state.idle_wanted && state.held.is_empty() {
+            state.idle_wanted = false;
+            self.idle.notify_waiters();
+        }
     }
 
     /// Waits until the group has nothing queued, held or due, anywhere; for one that has left, until it holds nothing.

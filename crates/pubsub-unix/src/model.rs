@@ -12,7 +12,8 @@ use crate::broker::{Broker, Patience};
 use crate::frame;
 use crate::journal;
 use crate::ledger::{Ledger, Limits};
-use crate::protocol::{Answer, FromBroker, Id, Place, Query, Reply, Request, Seat, Stored, ToBroker, What};
+use crate::protocol::{Answer, FromBroker, Place, Query, Reply, Request, Seat, Settling, ToBroker, What};
+use crate::record::{Id, Stored};
 use crate::session::{Heard, Session};
 
 const TOPIC: &str = "topic";
@@ -24,7 +25,8 @@ const PATIENCE: Patience = Patience { absent: 250, silent: 3000 };
 enum Kept {
     Publish(u64),
     Other,
-    Done(u64),
+    /// What is done, by place among the settlements.
+    Settled(Vec<Option<u64>>),
 }
 
 /// What a client keeps with a question.
@@ -101,13 +103,12 @@ struct World {
 }
 
 fn event(client: u64, number: u64) -> Stored {
-    let id = Id::Text(format!("{client}:{number}").into());
-    Stored { id, created_at: 0, json: Bytes::from_static(b"{}") }
+    Stored::text(&format!("{client}:{number}"), b"{}")
 }
 
 /// A publish's number is also the event's: a session numbers them in order.
 fn author(stored: &Stored) -> (u64, u64) {
-    let Id::Text(text) = &stored.id else { panic!("ids here are text") };
+    let Id::Text(text) = stored.id() else { panic!("ids here are text") };
     let (client, number) = text.split_once(':').expect("made above");
     (client.parse().expect("made above"), number.parse().expect("made above"))
 }
@@ -356,8 +357,9 @@ impl World {
                     self.say(at, &frame);
                 }
             }
-            Heard::Answer(Answer::Settled(true), _, Kept::Done(offset)) => {
-                self.done.insert(offset);
+            Heard::Answer(Answer::Settled(late), _, Kept::Settled(done)) => {
+                let in_time = (0..).zip(done).filter(|(place, _)| !late.contains(place));
+                self.done.extend(in_time.filter_map(|(_, offset)| offset));
             }
             Heard::Answer(Answer::Joined(_), ..) => process.joined = true,
             Heard::Reply(_, Reply::Start(place), Wanted::Start) => {
@@ -366,7 +368,7 @@ impl World {
             }
             Heard::Reply(_, Reply::Stretch(stretch), Wanted::Read) => {
                 assert_eq!(stretch.lagged, 0, "nothing is lost to a bound here");
-                process.got.extend(stretch.events.iter().map(|(offset, _)| *offset));
+                process.got.extend(stretch.offsets.iter());
                 process.next = stretch.next;
             }
             Heard::Taken { handed: None, .. } => {
@@ -396,8 +398,8 @@ impl World {
         let frame = match choice {
             0 | 1 if process.published < process.to_publish && (!one_by_one || process.session.unanswered() == 0) => {
                 process.published += 1;
-                let events = vec![event(client, process.published)];
-                Some(process.session.call(Request::Publish { topic: TOPIC.into(), events }, Kept::Publish(process.published)))
+                let request = Request::publish_one(TOPIC.into(), event(client, process.published));
+                Some(process.session.call(request, Kept::Publish(process.published)))
             }
             2 | 3 if process.is_member => {
                 if process.joined {
@@ -410,10 +412,17 @@ impl World {
                 }
             }
             4 if !process.held.is_empty() => {
-                let (place, attempt) = process.held.remove(0);
-                let what = if retries { What::Retry(30) } else { What::Done };
-                let kept = if retries { Kept::Other } else { Kept::Done(place.offset) };
-                Some(process.session.call(Request::Settle { seat: seat(), place, attempt, what }, kept))
+                // One, or as many as there are.
+                let count = if retries { process.held.len() } else { 1 };
+                let generation = process.held[0].0.generation;
+                let what = |at: usize| if retries && at.is_multiple_of(2) { What::Retry(30) } else { What::Done };
+                let (mut settled, mut done) = (Vec::new(), Vec::new());
+                for (at, (place, attempt)) in process.held.drain(..count).enumerate() {
+                    let (offset, what) = (place.offset, what(at));
+                    done.push((what == What::Done).then_some(offset));
+                    settled.push(Settling { offset, attempt, what });
+                }
+                Some(process.session.call(Request::Settle { seat: seat(), generation, settled }, Kept::Settled(done)))
             }
             _ if !process.is_member && process.session.asking() == 0 => {
                 let topic = TOPIC.into();
@@ -471,7 +480,7 @@ impl World {
     fn log(&self) -> Vec<(u64, u64)> {
         let all = Query::Read { topic: TOPIC.into(), from: Place::default(), most: u32::MAX };
         match self.office().and_then(|office| office.broker.ledger().ask(&all, 0)) {
-            Some(Reply::Stretch(stretch)) => stretch.events.iter().map(|(_, stored)| author(stored)).collect(),
+            Some(Reply::Stretch(stretch)) => stretch.events.iter().map(|stored| author(&stored)).collect(),
             _ => Vec::new(),
         }
     }

@@ -6,10 +6,12 @@
 //! something to read. A [`Take`] asks for deliveries of a group, one at a time for each member; a repeated one is answered with what
 //! it was answered before.
 
-use bytes::Bytes;
-use pubsub_core::{EventId, Gap};
+use pubsub_core::Gap;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
+
+use crate::frame::Frame;
+use crate::record::{Run, Stored};
 
 /// The version of all this. A broker of another version is told by its welcome.
 pub(crate) const VERSION: u32 = 1;
@@ -17,36 +19,21 @@ pub(crate) const VERSION: u32 = 1;
 /// Who a client is, drawn at random when an instance is made.
 pub(crate) type ClientId = u64;
 
-/// An event's id; bytes where it is a uuid.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) enum Id {
-    Uuid([u8; 16]),
-    Text(SmolStr),
-}
-
-impl From<&EventId> for Id {
-    fn from(id: &EventId) -> Self {
-        match id.as_uuid() {
-            Some(uuid) => Self::Uuid(uuid.into_bytes()),
-            None => Self::Text(SmolStr::new(id.to_string())),
-        }
-    }
-}
-
-/// An event as it travels and is kept: bytes that only publishers write and subscribers read, and what a broker has to know.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Stored {
-    pub(crate) id: Id,
-    /// Milliseconds since 1970.
-    pub(crate) created_at: i64,
-    pub(crate) json: Bytes,
-}
-
 /// A place in a topic: the next event to be read there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub(crate) struct Place {
     pub(crate) generation: u64,
     pub(crate) offset: u64,
+}
+
+/// Generations from here on are those of what an instance keeps for itself while a TypeScript peer is the broker.
+pub(crate) const FOREIGN: u64 = 1 << 63;
+
+impl Place {
+    /// Whether it is in what an instance keeps for itself, not in a broker's log.
+    pub(crate) fn is_foreign(self) -> bool {
+        self.generation >= FOREIGN
+    }
 }
 
 /// Where to start.
@@ -57,6 +44,8 @@ pub(crate) enum Begin {
     Index(u64),
     /// Right behind this cursor, as text.
     After(String),
+    /// With what was published since the broker is one: for those who were under a TypeScript peer until then.
+    Term,
 }
 
 /// What a start that cannot be resumed from is.
@@ -92,7 +81,9 @@ pub(crate) struct Seat {
 pub(crate) enum Request {
     Publish {
         topic: SmolStr,
-        events: Vec<Stored>,
+        count: usize,
+        #[serde(skip)]
+        events: Run,
     },
     /// Makes a member, and the group if there is none.
     Join {
@@ -105,11 +96,11 @@ pub(crate) enum Request {
         seat: Seat,
         heard: u64,
     },
+    /// Deliveries to one member, in the order in which they were settled.
     Settle {
         seat: Seat,
-        place: Place,
-        attempt: u32,
-        what: What,
+        generation: u64,
+        settled: Vec<Settling>,
     },
     Clear {
         topic: SmolStr,
@@ -123,6 +114,25 @@ pub(crate) enum Request {
         key: String,
         what: OnLease,
     },
+}
+
+impl Request {
+    pub(crate) fn publish(topic: SmolStr, events: Run, count: usize) -> Self {
+        Self::Publish { topic, count, events }
+    }
+
+    /// An event by itself.
+    pub(crate) fn publish_one(topic: SmolStr, event: Stored) -> Self {
+        Self::publish(topic, Run::from_iter([event]), 1)
+    }
+}
+
+/// One delivery, and what becomes of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Settling {
+    pub(crate) offset: u64,
+    pub(crate) attempt: u32,
+    pub(crate) what: What,
 }
 
 /// What becomes of a delivery.
@@ -224,44 +234,83 @@ pub(crate) struct LeaseState {
     pub(crate) remaining: u64,
 }
 
+/// Offsets in order, as stretches of them: where one begins, and how many there are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Offsets(Vec<(u64, u64)>);
+
+impl Offsets {
+    pub(crate) fn push(&mut self, offset: u64) {
+        match self.0.last_mut() {
+            Some((first, count)) if *first + *count == offset => *count += 1,
+            _ => self.0.push((offset, 1)),
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u64> + '_ {
+        self.0.iter().flat_map(|(first, count)| (0..*count).map_while(|more| first.checked_add(more)))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        let count = self.0.iter().fold(0u64, |sum, (_, count)| sum.saturating_add(*count));
+        usize::try_from(count).unwrap_or(usize::MAX)
+    }
+}
+
+impl FromIterator<u64> for Offsets {
+    fn from_iter<I: IntoIterator<Item = u64>>(all: I) -> Self {
+        let mut offsets = Self::default();
+        all.into_iter().for_each(|offset| offsets.push(offset));
+        offsets
+    }
+}
+
 /// What came of a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Answer {
     Published {
         bus: SmolStr,
         generation: u64,
-        offsets: Vec<u64>,
+        offsets: Offsets,
     },
     /// A group would have lost what it has not read, or a bound of the bus is reached.
     Full,
     /// It could not be written.
     Failed(String),
     Joined(Result<(), NoStart>),
-    Settled(bool),
+    /// Which of them were no longer the member's to settle: their places among them.
+    Settled(Vec<u32>),
     Done,
     Trimmed(u64),
     /// The lease as it is now, and whether it is the caller's.
     Lease(Option<LeaseState>, bool),
 }
 
-/// One delivery to a member.
+/// One delivery to a member; the event is among those of its frame.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Handed {
     pub(crate) offset: u64,
     pub(crate) attempt: u32,
     /// What the group lost to the bound on retention right before it.
     pub(crate) lagged: u64,
-    pub(crate) stored: Stored,
 }
 
-/// Events of a topic, in order, each with its offset, and the place behind them.
+/// Events of a topic, in order, their offsets, and the place behind them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stretch {
     pub(crate) bus: SmolStr,
-    pub(crate) events: Vec<(u64, Stored)>,
+    pub(crate) offsets: Offsets,
+    #[serde(skip)]
+    pub(crate) events: Run,
     /// Lost to the bound on retention right before the first.
     pub(crate) lagged: u64,
     pub(crate) next: Place,
+}
+
+impl Stretch {
+    /// Each event with its offset.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, Stored)> + '_ {
+        self.offsets.iter().zip(self.events.iter())
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -304,7 +353,47 @@ pub(crate) enum FromBroker {
         bus: SmolStr,
         generation: u64,
         handed: Option<Vec<Handed>>,
+        #[serde(skip)]
+        events: Run,
     },
     Pong,
     Ping,
+}
+
+impl Frame for ToBroker {
+    fn run(&self) -> Option<&Run> {
+        match self {
+            Self::Call(Call { request: Request::Publish { events, .. }, .. }) => Some(events),
+            _ => None,
+        }
+    }
+
+    fn run_mut(&mut self) -> Option<(&mut Run, usize)> {
+        match self {
+            Self::Call(Call { request: Request::Publish { events, count, .. }, .. }) => Some((events, *count)),
+            _ => None,
+        }
+    }
+}
+
+impl Frame for FromBroker {
+    fn run(&self) -> Option<&Run> {
+        match self {
+            Self::Taken { handed: Some(_), events, .. } => Some(events),
+            Self::Reply { reply: Reply::Stretch(stretch) | Reply::Page { stretch: Ok(stretch), .. }, .. } => {
+                Some(&stretch.events)
+            }
+            _ => None,
+        }
+    }
+
+    fn run_mut(&mut self) -> Option<(&mut Run, usize)> {
+        match self {
+            Self::Taken { handed: Some(handed), events, .. } => Some((events, handed.len())),
+            Self::Reply { reply: Reply::Stretch(stretch) | Reply::Page { stretch: Ok(stretch), .. }, .. } => {
+                Some((&mut stretch.events, stretch.offsets.len()))
+            }
+            _ => None,
+        }
+    }
 }

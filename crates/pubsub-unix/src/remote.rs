@@ -12,9 +12,10 @@ use pubsub_core::{AckMode, Closed, Error, Event, Result, Status, SubscribeOption
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::convert::store;
+use crate::convert::decode;
 use crate::link::{Carrier, Link};
-use crate::protocol::Request;
+use crate::protocol::{Place, Request};
+use crate::record::Stored;
 use crate::subscription::Attachment;
 
 /// How long closing takes beyond its time to say its last words.
@@ -25,6 +26,8 @@ pub(crate) struct Remote {
     pub(crate) timer: Arc<Timer>,
     /// Tells its members in queues from others; there are no others.
     pub(crate) instance: u64,
+    /// Whether data is read and written with the envelopes of TypeScript peers.
+    tagged: bool,
     numbers: AtomicU64,
     attached: Mutex<Attached>,
     carrier: Mutex<Option<Carrier>>,
@@ -40,9 +43,25 @@ pub(crate) struct Attached {
 }
 
 impl Remote {
-    pub(crate) fn new(link: Arc<Link>, timer: Arc<Timer>, carrier: Carrier) -> Arc<Self> {
+    pub(crate) fn new(link: Arc<Link>, timer: Arc<Timer>, carrier: Carrier, tagged: bool) -> Arc<Self> {
         let (attached, carrier) = (Mutex::default(), Mutex::new(Some(carrier)));
-        Arc::new(Self { link, timer, instance: 0, numbers: AtomicU64::new(1), attached, carrier })
+        Arc::new(Self { link, timer, instance: 0, tagged, numbers: AtomicU64::new(1), attached, carrier })
+    }
+
+    /// An event as it travels.
+    ///
+    /// # Errors
+    /// As [`Stored::of`].
+    pub(crate) fn store(&self, event: &Event, limit: usize) -> Result<Stored> {
+        Stored::of(event, limit, self.tagged)
+    }
+
+    /// The event that is kept at this place.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub(crate) fn read(&self, stored: &Stored, place: Place) -> Result<Event> {
+        decode(stored, place, self.tagged)
     }
 
     /// A number that nobody else in this instance has.
@@ -98,7 +117,7 @@ impl Remote {
         // What the queue hands over passes the subscription that is made of it: that one filters, and says who settles.
         let mut inner = options.clone().ack_mode(AckMode::Manual);
         inner.filter = None;
-        let sink = Arc::new(Letters(Arc::downgrade(&self.link)));
+        let sink = Arc::new(Letters(Arc::downgrade(&self.link), self.tagged));
         let (queue, inner) = match &options.group {
             None => {
                 let queue = DeliveryQueue::fan_out(topic.clone(), self.timer.clone(), sink);
@@ -167,13 +186,13 @@ impl Remote {
 }
 
 /// Publishes dead letters of fan-out subscriptions and of `local_only` events; the broker does the others'.
-struct Letters(Weak<Link>);
+struct Letters(Weak<Link>, bool);
 
 impl DeadLetterSink for Letters {
     fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>> {
-        match store(&letter, usize::MAX) {
+        match Stored::of(&letter, usize::MAX, self.1) {
             Ok(stored) => {
-                let request = Request::Publish { topic: topic.as_str().into(), events: vec![stored] };
+                let request = Request::publish_one(topic.as_str().into(), stored);
                 let receipt = self.0.upgrade()?.insist(request);
                 Some(Box::pin(async move { _ = receipt.await }))
             }

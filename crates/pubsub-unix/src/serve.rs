@@ -2,14 +2,13 @@
 //! stall of the bus.
 
 use std::cell::{Cell, RefCell};
-use std::io;
+use std::io::{self, Write};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::HashMap;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
@@ -17,8 +16,12 @@ use tokio::time::{sleep, timeout};
 
 use crate::broker::{Broker, ConnId, Patience};
 use crate::election::{Office, Seat, Standing};
+use crate::entry::Entry;
 use crate::files::{Log, Register, clock};
 use crate::frame::{self, Decoder, Greeting};
+use crate::guests;
+use crate::node::guest::Guest;
+use crate::pipe::{self, Incoming, Outgoing};
 use crate::protocol::{FromBroker, VERSION};
 
 /// How often a broker looks whether it still is one.
@@ -31,7 +34,10 @@ const GREETING: Duration = Duration::from_secs(5);
 const MAX_PEERS: usize = 10_000;
 
 /// How much may wait to be written to a peer before nothing more is read from it.
-const FULL: usize = 8 << 20;
+pub(crate) const FULL: usize = 8 << 20;
+
+/// How much of a buffer is kept for what is written next.
+const KEPT_BUFFER: usize = 1 << 20;
 
 /// A broker that runs. Dropping it stops it; [`ended`](Self::ended) tells when it is gone.
 pub(crate) struct Serving {
@@ -40,7 +46,7 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    pub(crate) fn start(office: Office, patience: Patience, max_peer_bytes: usize) -> io::Result<Self> {
+    pub(crate) fn start(office: Office, entry: Entry, patience: Patience, max_peer_bytes: usize) -> io::Result<Self> {
         let (stop, (tell, ended)) = (Arc::new(Notify::new()), watch::channel(false));
         let stopped = stop.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -48,7 +54,7 @@ impl Serving {
             let epoch = office.epoch;
             tracing::debug!(epoch, "this process is the broker now");
             let tasks = tokio::task::LocalSet::new();
-            if let Err(error) = tasks.block_on(&runtime, serve(office, patience, max_peer_bytes, &stopped)) {
+            if let Err(error) = tasks.block_on(&runtime, serve(office, entry, patience, max_peer_bytes, &stopped)) {
                 tracing::warn!(epoch, %error, "the broker has to stop");
             }
             drop(tasks); // with all connections
@@ -72,39 +78,56 @@ impl Drop for Serving {
 }
 
 /// What the tasks of a broker share. They run on one thread.
-struct Hub {
-    broker: RefCell<Broker>,
+pub(crate) struct Hub {
+    pub(crate) broker: RefCell<Broker>,
     conns: RefCell<HashMap<ConnId, Conn>>,
-    busy: Notify,
+    pub(crate) busy: Notify,
     /// Connections that are to be closed when nothing is being sent.
     doomed: RefCell<Vec<ConnId>>,
     epoch: u64,
-    user: u32,
+    entry: Entry,
     max_peer_bytes: usize,
+    /// How long a peer may take nothing that it is to handle before it is cut off.
+    pub(crate) silent: Duration,
 }
 
 struct Conn {
     out: Rc<Out>,
+    /// What speaks for a TypeScript peer.
+    guest: Option<Rc<RefCell<Guest>>>,
     tasks: Vec<AbortHandle>,
 }
 
 /// What waits to be written to a peer.
 #[derive(Default)]
-struct Out {
-    bytes: RefCell<Vec<u8>>,
-    more: Notify,
+pub(crate) struct Out {
+    pub(crate) bytes: RefCell<Vec<u8>>,
+    pub(crate) more: Notify,
     /// Whether the reader waits for it to become less.
-    less: Notify,
-    writing: Cell<usize>,
+    pub(crate) less: Notify,
+    pub(crate) writing: Cell<usize>,
+    /// Where to, once it is to be written by us.
+    to: RefCell<Option<Rc<Outgoing>>>,
 }
 
 impl Out {
-    fn len(&self) -> usize {
+    /// Writes what the peer takes now; the rest is for the task.
+    fn write_now(&self) {
+        let to = self.to.borrow();
+        let Some(to) = to.as_ref().filter(|_| self.writing.get() == 0) else { return };
+        let mut bytes = self.bytes.borrow_mut();
+        if let Ok(written) = to.try_write(&bytes) {
+            bytes.drain(..written);
+            bytes.shrink_to(KEPT_BUFFER);
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
         self.bytes.borrow().len() + self.writing.get()
     }
 }
 
-async fn serve(office: Office, patience: Patience, max_peer_bytes: usize, stop: &Notify) -> io::Result<()> {
+async fn serve(office: Office, entry: Entry, patience: Patience, max_peer_bytes: usize, stop: &Notify) -> io::Result<()> {
     let Office { epoch, register, ledger, mut log, seat } = office;
     seat.listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(seat.listener.try_clone()?)?;
@@ -114,8 +137,9 @@ async fn serve(office: Office, patience: Patience, max_peer_bytes: usize, stop: 
         busy: Notify::new(),
         doomed: RefCell::default(),
         epoch,
-        user: nix::unistd::geteuid().as_raw(),
+        entry,
         max_peer_bytes,
+        silent: Duration::from_millis(patience.silent),
     });
     let accepting = tokio::task::spawn_local(accept(hub.clone(), listener));
     let mut watching = std::pin::pin!(watch_over(&seat, &register, epoch));
@@ -167,14 +191,18 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let same_user = stream.peer_cred().is_ok_and(|peer| peer.uid() == hub.user || peer.uid() == 0);
-                if !same_user || hub.conns.borrow().len() >= MAX_PEERS {
+                if !stream.peer_cred().is_ok_and(|peer| hub.entry.admits(peer.uid(), peer.gid())) {
+                    // There is room for it: nothing was written before.
+                    let _ = stream.into_std().and_then(|mut stream| stream.write_all(&Greeting::Denied.line()));
+                    continue;
+                }
+                if hub.conns.borrow().len() >= MAX_PEERS {
                     continue;
                 }
                 next += 1;
                 let (hub, conn) = (hub.clone(), next);
                 let task = tokio::task::spawn_local(peer(hub.clone(), conn, stream)).abort_handle();
-                hub.conns.borrow_mut().insert(conn, Conn { out: Rc::default(), tasks: vec![task] });
+                hub.conns.borrow_mut().insert(conn, Conn { out: Rc::default(), guest: None, tasks: vec![task] });
             }
             Err(error) => {
                 tracing::warn!(%error, "a broker cannot accept"); // no descriptors left, most likely
@@ -186,8 +214,22 @@ async fn accept(hub: Rc<Hub>, listener: UnixListener) {
 
 /// One connection, from its greeting to its end.
 async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
-    let (mut from, mut to) = stream.into_split();
+    let Ok((mut from, mut to)) = stream.into_std().and_then(pipe::split) else { return hub.close(conn) };
     let mut decoder = Decoder::default();
+    // One that says nothing may be a TypeScript peer, which introduces itself by the first thing it wants.
+    loop {
+        match decoder.is_hello() {
+            Some(true) => break,
+            Some(false) => {
+                if let Err(error) = guests::talk(hub.clone(), conn, from, to, decoder.buffer).await {
+                    tracing::debug!(%error, conn, "a TypeScript peer is gone");
+                }
+                return hub.close(conn);
+            }
+            None if from.read_buf(&mut decoder.buffer).await.is_ok_and(|count| count > 0) => {}
+            None => return hub.close(conn),
+        }
+    }
     let greeted = timeout(GREETING, greet(&hub, conn, &mut from, &mut to, &mut decoder)).await;
     if let Ok(Ok(())) = greeted
         && let Some(out) = hub.start_writing(conn, to)
@@ -198,13 +240,7 @@ async fn peer(hub: Rc<Hub>, conn: ConnId, stream: UnixStream) {
     hub.close(conn);
 }
 
-async fn greet(
-    hub: &Hub,
-    conn: ConnId,
-    from: &mut OwnedReadHalf,
-    to: &mut OwnedWriteHalf,
-    decoder: &mut Decoder,
-) -> io::Result<()> {
+async fn greet(hub: &Hub, conn: ConnId, from: &mut Incoming, to: &mut Outgoing, decoder: &mut Decoder) -> io::Result<()> {
     let refuse = || io::Error::new(io::ErrorKind::InvalidData, "no greeting of ours");
     let mut lines = Vec::new();
     while lines.len() < 2 {
@@ -224,39 +260,45 @@ async fn greet(
     Ok(())
 }
 
-async fn read(hub: &Hub, conn: ConnId, from: &mut OwnedReadHalf, decoder: &mut Decoder, out: &Out) -> io::Result<()> {
+async fn read(hub: &Hub, conn: ConnId, from: &mut Incoming, decoder: &mut Decoder, out: &Out) -> io::Result<()> {
     let malformed = |why| io::Error::new(io::ErrorKind::InvalidData, format!("{why:?}"));
     loop {
         let mut any = false;
         while let Some(body) = decoder.next().map_err(malformed)? {
             any = true;
             let reply = hub.broker.borrow_mut().received(conn, body, clock()).map_err(malformed)?;
-            reply.into_iter().for_each(|reply| hub.send(conn, &reply));
+            reply.into_iter().for_each(|reply| hub.send(conn, reply));
         }
         if any {
             hub.busy.notify_one();
+            // A turn for what came: who has more to say does not keep the others waiting until all of it is said.
+            tokio::task::yield_now().await;
         }
         while out.len() > FULL {
             out.less.notified().await;
         }
-        decoder.buffer.reserve(64 << 10);
+        decoder.reserve();
         if from.read_buf(&mut decoder.buffer).await? == 0 {
             return Ok(());
         }
     }
 }
 
-async fn write(out: Rc<Out>, mut to: OwnedWriteHalf) {
+/// Writes what a turn could not write at once.
+async fn write(out: Rc<Out>, to: Rc<Outgoing>) {
+    let mut bytes = Vec::new();
     loop {
-        let bytes = std::mem::take(&mut *out.bytes.borrow_mut());
+        std::mem::swap(&mut bytes, &mut *out.bytes.borrow_mut());
         if bytes.is_empty() {
             out.more.notified().await;
             continue;
         }
         out.writing.set(bytes.len());
-        if to.write_all(&bytes).await.is_err() {
+        if to.write_whole(&bytes).await.is_err() {
             return; // the reader finds out, too
         }
+        bytes.clear();
+        bytes.shrink_to(KEPT_BUFFER);
         out.writing.set(0);
         out.less.notify_one();
     }
@@ -272,26 +314,57 @@ impl Hub {
         {
             tracing::error!(%error, "the log cannot be written anew; it grows on");
         }
-        turn.frames.iter().for_each(|(conn, frame)| self.send(*conn, frame));
+        let mut told: Vec<ConnId> = turn.frames.iter().map(|(conn, _)| *conn).collect();
+        turn.frames.into_iter().for_each(|(conn, frame)| self.send(conn, frame));
+        told.sort_unstable();
+        told.dedup();
+        let conns = self.conns.borrow();
+        told.iter().filter_map(|conn| conns.get(conn)).for_each(|conn| conn.out.write_now());
+        drop(conns);
         let doomed = self.doomed.take();
         turn.close.into_iter().chain(doomed).for_each(|conn| self.close(conn));
         Duration::from_millis(turn.next.saturating_sub(now).max(1))
     }
 
-    fn send(&self, conn: ConnId, frame: &FromBroker) {
-        let conns = self.conns.borrow();
-        let Some(Conn { out, .. }) = conns.get(&conn) else { return };
-        let encoded = frame::encode(frame, &mut out.bytes.borrow_mut());
-        if encoded.is_err() || out.len() > self.max_peer_bytes {
-            tracing::warn!(conn, "a peer reads too slowly and is cut off");
-            self.doomed.borrow_mut().push(conn);
+    fn send(&self, conn: ConnId, frame: FromBroker) {
+        let guest = self.conns.borrow().get(&conn).and_then(|conn| conn.guest.clone());
+        if let Some(guest) = guest {
+            return self.tell(conn, &guest, frame);
         }
-        out.more.notify_one();
+        self.put(conn, |out| {
+            if frame::encode(&frame, out).is_err() {
+                self.doomed.borrow_mut().push(conn); // so large an answer would have been refused as a call
+            }
+        });
     }
 
-    fn start_writing(&self, conn: ConnId, to: OwnedWriteHalf) -> Option<Rc<Out>> {
+    /// Adds to what waits to be written to a peer.
+    pub(crate) fn put(&self, conn: ConnId, add: impl FnOnce(&mut Vec<u8>)) {
+        let conns = self.conns.borrow();
+        let Some(Conn { out, .. }) = conns.get(&conn) else { return };
+        add(&mut out.bytes.borrow_mut());
+        if out.len() > self.max_peer_bytes {
+            tracing::warn!(conn, "a peer reads too slowly and is cut off");
+            self.doomed.borrow_mut().push(conn);
+            self.busy.notify_one();
+        }
+        out.more.notify_one();
+        out.less.notify_one(); // a guest may have been answered
+    }
+
+    /// From now on what is for a connection is told to its guest.
+    pub(crate) fn host(&self, conn: ConnId, guest: Rc<RefCell<Guest>>) -> Option<Rc<Out>> {
         let mut conns = self.conns.borrow_mut();
         let conn = conns.get_mut(&conn)?;
+        conn.guest = Some(guest);
+        Some(conn.out.clone())
+    }
+
+    fn start_writing(&self, conn: ConnId, to: Outgoing) -> Option<Rc<Out>> {
+        let mut conns = self.conns.borrow_mut();
+        let conn = conns.get_mut(&conn)?;
+        let to = Rc::new(to);
+        *conn.out.to.borrow_mut() = Some(to.clone());
         conn.tasks.push(tokio::task::spawn_local(write(conn.out.clone(), to)).abort_handle());
         Some(conn.out.clone())
     }
@@ -299,7 +372,10 @@ impl Hub {
     fn close(&self, conn: ConnId) {
         self.broker.borrow_mut().lost(conn, clock());
         let conn = self.conns.borrow_mut().remove(&conn);
-        conn.into_iter().flat_map(|conn| conn.tasks).for_each(|task| task.abort());
+        if let Some(conn) = conn {
+            conn.out.to.take(); // the last of it closes the connection
+            conn.tasks.iter().for_each(AbortHandle::abort);
+        }
         self.busy.notify_one();
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use foldhash::{HashMap, HashMapExt};
 
 use crate::protocol::{Answer, Call, ClientId, FromBroker, Handed, Query, Reply, Request, Seat, Take, ToBroker};
+use crate::record::Run;
 
 pub(crate) struct Session<C, A> {
     pub(crate) client: ClientId,
@@ -31,6 +32,7 @@ pub(crate) enum Heard<C, A> {
         bus: smol_str::SmolStr,
         generation: u64,
         handed: Option<Vec<Handed>>,
+        events: Run,
     },
     /// To be answered with a ping.
     Ping,
@@ -111,6 +113,12 @@ impl<C, A> Session<C, A> {
         self.asks.remove(&id).map(|_| ToBroker::Cancel { id })
     }
 
+    /// Takes back questions.
+    pub(crate) fn withdraw(&mut self, is_withdrawn: impl Fn(&A) -> bool) -> Vec<A> {
+        let ids: Vec<u64> = self.asks.iter().filter(|(_, (_, kept))| is_withdrawn(kept)).map(|(id, _)| *id).collect();
+        ids.iter().filter_map(|id| self.asks.remove(id)).map(|(_, kept)| kept).collect()
+    }
+
     /// Asks for deliveries, unless that was asked already.
     pub(crate) fn take(&mut self, seat: Seat, most: u32) -> Option<ToBroker> {
         let member = seat.member;
@@ -145,12 +153,12 @@ impl<C, A> Session<C, A> {
                 Some((_, kept)) => Heard::Reply(id, reply, kept),
                 None => Heard::Nothing,
             },
-            FromBroker::Taken { member, number, bus, generation, handed } => {
+            FromBroker::Taken { member, number, bus, generation, handed, events } => {
                 if self.takes.get(&member).is_none_or(|take| take.number != number) {
                     return Heard::Nothing;
                 }
                 self.takes.remove(&member);
-                Heard::Taken { member, bus, generation, handed }
+                Heard::Taken { member, bus, generation, handed, events }
             }
             FromBroker::Ping => Heard::Ping,
             FromBroker::Pong => Heard::Nothing,

@@ -8,17 +8,18 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pubsub_core::machinery::Timer;
 use pubsub_core::{
-    Capabilities, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap, GroupStatus, Groups,
-    LeaseProvider, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, StatusWatch,
-    SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
+    Attempts, Capabilities, Capability, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Gap,
+    GroupStatus, Groups, LeaseProvider, LossNotice, OnGap, Page, Positions, PubSub, PublishError, PublishOptions, Reach,
+    Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription, Timestamp, Topic, TopicStatus, TrimFilter,
 };
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::builder::{Settings, UnixBuilder};
-use crate::convert::{begin, decode, scope, store};
+use crate::convert::{begin, scope};
 use crate::leases::UnixLeases;
 use crate::link::{Config, Link};
-use crate::protocol::{Answer, GroupState, NoStart, Place, Query, Reply, Request, Stored};
+use crate::protocol::{Answer, GroupState, NoStart, Place, Query, Reply, Request};
+use crate::record::{self, Run};
 use crate::remote::Remote;
 
 /// How long a call waits for an answer.
@@ -63,7 +64,7 @@ impl UnixSocketPubSub {
         let timer = Arc::new(Timer::new()?);
         let path = Arc::from(config.paths.socket.as_path());
         let (link, carrier) = Link::connect(config).await?;
-        Ok(Self { remote: Remote::new(link, timer, carrier), settings, path })
+        Ok(Self { remote: Remote::new(link, timer, carrier, settings.envelopes), settings, path })
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
@@ -106,17 +107,17 @@ impl UnixSocketPubSub {
     ///
     /// # Errors
     /// Why not, and what is known of the events.
-    async fn publish_piece(&self, topic: &Topic, events: &[Stored], until: Instant) -> Result<Vec<Cursor>, (Error, Fate)> {
+    async fn publish_piece(&self, topic: &Topic, piece: &Piece, until: Instant) -> Result<Vec<Cursor>, (Error, Fate)> {
         let (answered, mut failures) = (Instant::now() + PATIENCE, 0);
         loop {
             if timeout_at(answered, self.remote.link.room()).await.is_err() {
                 return Err((ErrorKind::Unavailable.into(), Fate::NotSent));
             }
-            let request = Request::Publish { topic: topic.as_str().into(), events: events.to_vec() };
+            let request = Request::publish(topic.as_str().into(), piece.events.clone(), piece.count);
             let pause = match timeout_at(answered.max(until), self.remote.link.call(request)).await {
                 Ok(Ok(Answer::Published { bus, generation, offsets })) => {
                     let scope = scope(&bus, generation);
-                    return Ok(offsets.into_iter().map(|offset| Cursor::new(scope.clone(), offset)).collect());
+                    return Ok(offsets.iter().map(|offset| Cursor::new(scope.clone(), offset)).collect());
                 }
                 Ok(Ok(Answer::Full)) if Instant::now() + FULL_PAUSE < until => FULL_PAUSE,
                 Ok(Ok(Answer::Full)) => return Err((ErrorKind::Full.into(), Fate::NotSent)),
@@ -137,17 +138,25 @@ impl UnixSocketPubSub {
     }
 }
 
-fn capabilities(settings: &Settings) -> Capabilities {
+fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     let mut capabilities = Capabilities::in_process();
     capabilities.reach = Reach::Host;
+    capabilities.publish_waits = false;
+    capabilities.max_payload = Some(settings.max_payload);
+    if foreign {
+        // A broker that is a process of Mastra gives each event out once and keeps nothing.
+        capabilities.attempts = Attempts::Instance;
+        capabilities.loss_notice = LossNotice::Silent;
+        capabilities.deduplication = Deduplication::Retained { events: Some(settings.max_events), age: None };
+        capabilities.keeps_identity = false;
+        return capabilities;
+    }
     capabilities.durability = Durability::ProcessDeath;
     capabilities.retention = Retention::History;
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
     capabilities.deduplication = Deduplication::Window { events: Some(settings.max_events), age: None };
     capabilities.indexed = true;
-    capabilities.publish_waits = false;
-    capabilities.max_payload = Some(settings.max_payload);
     capabilities.leases = Some(Reach::Host);
     capabilities
 }
@@ -155,7 +164,7 @@ fn capabilities(settings: &Settings) -> Capabilities {
 #[async_trait]
 impl PubSub for UnixSocketPubSub {
     fn capabilities(&self) -> Capabilities {
-        capabilities(&self.settings)
+        capabilities(&self.settings, self.remote.link.is_foreign())
     }
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
@@ -165,25 +174,22 @@ impl PubSub for UnixSocketPubSub {
         if options.local_only {
             return self.publish_locally(topic, events, until).await;
         }
-        let limit = self.settings.max_payload;
-        let stored = events.iter().map(|event| store(event, limit)).collect::<Result<Vec<_>>>().map_err(refuse)?;
+        let pieces = pieces(events, self.settings.max_payload, self.settings.envelopes).map_err(refuse)?;
         let mut positions = Vec::with_capacity(events.len());
-        let (mut sent, mut rest) = (0, &stored[..]);
-        while !rest.is_empty() {
-            let (piece, later) = rest.split_at(piece(rest));
-            rest = later;
+        let mut sent = 0;
+        for piece in &pieces {
             match self.publish_piece(topic, piece, until).await {
                 Ok(cursors) => positions.extend(cursors),
                 Err((error, fate)) => {
                     let fates = (0..events.len()).map(|at| match at {
                         _ if at < sent => Fate::Published,
-                        _ if at < sent + piece.len() => fate,
+                        _ if at < sent + piece.count => fate,
                         _ => Fate::NotSent,
                     });
                     return Err(PublishError::new(error.on(topic), fates.collect()));
                 }
             }
-            sent += piece.len();
+            sent += piece.count;
         }
         // Positions are for all or none.
         Ok(if positions.len() == events.len() { positions.into() } else { Positions::none() })
@@ -221,6 +227,10 @@ impl PubSub for UnixSocketPubSub {
 
     async fn history(&self, topic: &Topic, from: Start, limit: usize) -> Result<Page> {
         Page::check_limit(limit).map_err(|error| error.during("history").on(topic))?;
+        self.check_open("history", topic)?;
+        if self.remote.link.is_foreign() {
+            return Err(Error::unsupported(Capability::History).during("history").on(topic));
+        }
         let most = u32::try_from(limit.min(PIECE_EVENTS)).unwrap_or(u32::MAX);
         let query = Query::Page { topic: topic.as_str().into(), begin: begin(&from), most };
         let Reply::Page { stretch, floor, head } = self.ask("history", topic, query).await? else {
@@ -229,22 +239,30 @@ impl PubSub for UnixSocketPubSub {
         let stretch = stretch.map_err(|gap| no_start(gap).during("history").on(topic))?;
         let scope = scope(&stretch.bus, stretch.next.generation);
         let cursor = |offset: u64| Cursor::new(scope.clone(), offset);
-        let events = &stretch.events[..stretch.events.len().min(limit)];
         // What cannot be read is passed over, as subscriptions do.
         let generation = stretch.next.generation;
-        let entries = events.iter().filter_map(|(offset, stored)| {
-            let place = Place { generation, offset: *offset };
-            Some((cursor(*offset), Arc::new(decode(stored, place).ok()?)))
+        let entries = stretch.iter().take(limit).filter_map(|(offset, stored)| {
+            let place = Place { generation, offset };
+            Some((cursor(offset), Arc::new(self.remote.read(&stored, place).ok()?)))
         });
-        let next = events.last().filter(|(last, _)| head.is_some_and(|head| *last < head)).map(|(last, _)| cursor(*last));
+        let last = stretch.offsets.iter().take(limit).last();
+        let next = last.filter(|last| head.is_some_and(|head| *last < head)).map(cursor);
         Ok(Page { entries: entries.collect(), next, floor: floor.map(cursor), head: head.map(cursor) })
     }
 
     async fn clear_topic(&self, topic: &Topic) -> Result<()> {
+        self.check_open("clear_topic", topic)?;
+        if self.remote.link.is_foreign() {
+            return Ok(()); // there is nothing
+        }
         self.call("clear_topic", topic, Request::Clear { topic: topic.as_str().into() }).await.map(drop)
     }
 
     async fn trim_topic(&self, topic: &Topic, filter: TrimFilter) -> Result<u64> {
+        self.check_open("trim_topic", topic)?;
+        if self.remote.link.is_foreign() {
+            return Ok(0); // there is nothing
+        }
         let request = Request::Trim { topic: topic.as_str().into(), run: filter.run_id, up_to: filter.produced_up_to };
         match self.call("trim_topic", topic, request).await? {
             Answer::Trimmed(count) => Ok(count),
@@ -284,17 +302,36 @@ impl PubSub for UnixSocketPubSub {
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
-        Some(Arc::new(UnixLeases(self.remote.clone())))
+        // Those that were had before are refused, as long as the broker is a process of Mastra.
+        let native = !self.remote.link.is_foreign();
+        native.then(|| Arc::new(UnixLeases(self.remote.clone())) as _)
     }
 }
 
-/// How many of these events travel together.
-fn piece(events: &[Stored]) -> usize {
-    let sizes = events.iter().take(PIECE_EVENTS).scan(0, |sum, event| {
-        *sum += event.json.len();
-        Some(*sum)
-    });
-    sizes.take_while(|sum| *sum <= PIECE_BYTES).count().max(1)
+/// Events that travel together.
+struct Piece {
+    events: Run,
+    count: usize,
+}
+
+/// Writes events, in pieces that travel well: all of them, or none is sent.
+fn pieces(events: &[Arc<Event>], limit: usize, tagged: bool) -> Result<Vec<Piece>> {
+    let (mut pieces, mut records, mut count) = (Vec::new(), Vec::new(), 0);
+    for event in events {
+        if count == PIECE_EVENTS || records.len() >= PIECE_BYTES {
+            pieces.push(Piece { events: Run::written(std::mem::take(&mut records)), count: std::mem::take(&mut count) });
+        }
+        record::write(event, limit, tagged, &mut records).map_err(|error| error.on(event.id()))?;
+        count += 1;
+        // As much for each of the others, which are alike more often than not.
+        if count == 1 {
+            records.reserve_exact((records.len() * (events.len() - 1).min(PIECE_EVENTS)).min(PIECE_BYTES));
+        }
+    }
+    if count > 0 {
+        pieces.push(Piece { events: Run::written(records), count });
+    }
+    Ok(pieces)
 }
 
 fn no_start(gap: NoStart) -> Error {

@@ -1,7 +1,7 @@
 //! Elections under fire: real processes under load, killed, stopped and continued at random, the broker first of all. Each keeps a
 //! journal, and the journals are held against the history that is left.
 //!
-//! `PUBSUB_UNIX_FIRE=seconds` says for how long.
+//! `PUBSUB_UNIX_FIRE=seconds` says for how long; from 30 on it is 20 processes instead of 5.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -124,21 +124,44 @@ fn broker(directory: &Path) -> Option<u32> {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_while_processes_are_killed_and_stopped() {
     let seconds = std::env::var("PUBSUB_UNIX_FIRE").ok().and_then(|text| text.parse().ok()).unwrap_or(4);
+    let many = if seconds >= 30 { 20 } else { 5 };
     let directory = tempfile::tempdir().unwrap();
     let mut rng = fastrand::Rng::new();
-    let mut others: Vec<Other> = (0..4).map(|number| Other::start(directory.path(), number)).collect();
-    let mut dead = Vec::new();
-    let (until, mut number) = (Instant::now() + Duration::from_secs(seconds), others.len());
+    let mut others: Vec<Other> = (0..many).map(|number| Other::start(directory.path(), number)).collect();
+    let (mut dead, mut stopped) = (Vec::new(), Vec::<(Instant, Pid)>::new());
+    let (until, mut number, mut brokers, mut together) = (Instant::now() + Duration::from_secs(seconds), others.len(), 0, 0);
     while Instant::now() < until {
-        tokio::time::sleep(Duration::from_millis(rng.u64(50..300))).await;
-        let by_chance = rng.usize(..others.len());
-        let first = others.iter().position(|other| Some(other.child.id()) == broker(directory.path()));
-        let victim = first.filter(|_| rng.u8(..3) > 0).unwrap_or(by_chance);
-        if rng.u8(..4) == 0 {
-            kill(others[victim].pid(), Signal::SIGSTOP).unwrap();
-            tokio::time::sleep(Duration::from_millis(rng.u64(..200))).await;
-            kill(others[victim].pid(), Signal::SIGCONT).unwrap();
-        } else {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        stopped.retain(|(until, pid)| {
+            let goes_on = *until <= Instant::now();
+            if goes_on {
+                let _ = kill(*pid, Signal::SIGCONT); // it may have been killed meanwhile
+            }
+            !goes_on
+        });
+        if rng.u8(..3) == 0 {
+            // Somebody sleeps: most often for a moment, now and then for so long that he is superseded, or taken for dead.
+            let pid = others[rng.usize(..others.len())].pid();
+            kill(pid, Signal::SIGSTOP).unwrap();
+            let for_long = rng.u8(..8) == 0;
+            stopped.push((
+                Instant::now() + Duration::from_millis(if for_long { rng.u64(3000..12_000) } else { rng.u64(..500) }),
+                pid,
+            ));
+        }
+        // The broker, and with it in every fourth round somebody who publishes through it.
+        let broker = broker(directory.path());
+        let mut victims: Vec<usize> = others.iter().position(|other| Some(other.child.id()) == broker).into_iter().collect();
+        brokers += victims.len();
+        if victims.is_empty() || rng.u8(..4) == 0 {
+            together += victims.len();
+            victims.push(rng.usize(..others.len()));
+        }
+        victims.sort_unstable();
+        victims.dedup();
+        // All at once: what is killed later could still do something about it.
+        victims.iter().for_each(|victim| kill(others[*victim].pid(), Signal::SIGKILL).unwrap());
+        for victim in victims.into_iter().rev() {
             let mut killed = others.swap_remove(victim);
             killed.kill();
             dead.push(killed);
@@ -146,13 +169,18 @@ async fn nothing_is_lost_while_processes_are_killed_and_stopped() {
             number += 1;
         }
     }
+    for (_, pid) in stopped {
+        let _ = kill(pid, Signal::SIGCONT); // it may have been killed meanwhile
+    }
+    eprintln!("{} killed, {brokers} of them as broker, {together} of those together with another", dead.len());
+    assert!(brokers > 0, "no broker was killed");
     // It goes on: everybody is ready, and then this process reads what is left.
     let ready = async {
         while !others.iter().all(|other| other.said().contains("published")) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(Duration::from_secs(20), ready).await.expect("those who are left go on");
+    timeout(Duration::from_secs(60), ready).await.expect("those who are left go on");
     let bus = connect(&directory.path().join("bus")).await;
     dead.extend(others.drain(..).map(|mut other| {
         other.kill();

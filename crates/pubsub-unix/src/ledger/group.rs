@@ -7,7 +7,8 @@ use smol_str::SmolStr;
 
 use super::STRETCH_BYTES;
 use super::topic::Topic;
-use crate::protocol::{ClientId, GroupState, Handed, Stored, Take, What};
+use crate::protocol::{ClientId, GroupState, Handed, Take, What};
+use crate::record::{Run, Stored};
 
 /// How many deliveries of a group may be handed over or waiting for their back-off; beyond it nothing new is handed over.
 pub(crate) const MAX_PENDING: usize = 100_000;
@@ -29,6 +30,20 @@ pub(super) struct Seated {
 struct Taken {
     number: u64,
     handed: Vec<(u64, u32)>,
+}
+
+/// What a take comes to: deliveries, and the events of each.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct HandedOver {
+    pub(crate) handed: Vec<Handed>,
+    pub(crate) events: Run,
+}
+
+impl HandedOver {
+    fn push(&mut self, handed: Handed, stored: Stored) {
+        self.handed.push(handed);
+        self.events.push(stored);
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,8 +102,11 @@ impl Seated {
         self.seats.get(&(client, take.seat.member)).is_some_and(|taken| take.number <= taken.number)
     }
 
-    pub(super) fn has_work(&self, topic: &Topic, now: u64) -> bool {
-        self.next_due().is_some_and(|due| due <= now) || (self.pending.len() < MAX_PENDING && topic.has_from(self.next))
+    /// How many deliveries could be handed over now; not counted beyond so many.
+    pub(super) fn work(&self, topic: &Topic, now: u64, enough: usize) -> usize {
+        let due = self.free.range(..=(now, u64::MAX)).take(enough).count();
+        // What was in hand before is in hand, or pending, still.
+        due + topic.count_from(self.next, (enough - due).min(MAX_PENDING.saturating_sub(self.pending.len())))
     }
 
     pub(super) fn next_due(&self) -> Option<u64> {
@@ -102,21 +120,22 @@ impl Seated {
         take: &Take,
         now: u64,
         mut fresh: impl FnMut(u64) -> Option<(u64, Stored)>,
-    ) -> Option<Vec<Handed>> {
+    ) -> Option<HandedOver> {
         let holder = (client, take.seat.member);
         let last = self.seats.get(&holder)?;
         if take.number <= last.number {
             // Said again: what of it is still the member's.
-            let still = last.handed.iter().filter_map(|(offset, attempt)| {
-                let pending = self.pending.get(offset)?;
-                let same = pending.holder == Some(holder) && pending.attempt == *attempt;
-                let Pending { lagged, stored, .. } = pending;
-                same.then(|| Handed { offset: *offset, attempt: *attempt, lagged: *lagged, stored: stored.clone() })
-            });
-            return Some(still.collect());
+            let mut again = HandedOver::default();
+            for (offset, attempt) in &last.handed {
+                let its = |pending: &&Pending| pending.holder == Some(holder) && pending.attempt == *attempt;
+                if let Some(Pending { lagged, stored, .. }) = self.pending.get(offset).filter(its) {
+                    again.push(Handed { offset: *offset, attempt: *attempt, lagged: *lagged }, stored.clone());
+                }
+            }
+            return Some(again);
         }
-        let (mut handed, mut bytes) = (Vec::new(), 0);
-        while handed.len() < take.most.max(1) as usize && bytes < STRETCH_BYTES {
+        let (mut over, mut bytes) = (HandedOver::default(), 0);
+        while over.handed.len() < take.most.max(1) as usize && bytes < STRETCH_BYTES {
             let due = self.free.first().copied().filter(|(due, _)| *due <= now);
             let offset = if let Some((due, offset)) = due {
                 self.free.remove(&(due, offset));
@@ -135,14 +154,15 @@ impl Seated {
             };
             let pending = self.pending.get_mut(&offset).expect("what is free is pending");
             pending.holder = Some(holder);
-            bytes += pending.stored.json.len();
+            bytes += pending.stored.len();
             // Told with the first attempt alone.
             let lagged = if pending.attempt == 1 { pending.lagged } else { 0 };
-            handed.push(Handed { offset, attempt: pending.attempt, lagged, stored: pending.stored.clone() });
+            over.push(Handed { offset, attempt: pending.attempt, lagged }, pending.stored.clone());
         }
         let seat = self.seats.get_mut(&holder).expect("looked up above");
-        *seat = Taken { number: take.number, handed: handed.iter().map(|handed| (handed.offset, handed.attempt)).collect() };
-        Some(handed)
+        let handed = over.handed.iter().map(|handed| (handed.offset, handed.attempt)).collect();
+        *seat = Taken { number: take.number, handed };
+        Some(over)
     }
 
     pub(super) fn settle(&mut self, client: ClientId, member: u64, offset: u64, attempt: u32, what: &What, now: u64) -> bool {
@@ -203,7 +223,7 @@ impl Seated {
             group: name.clone(),
             waiting: (unread.count() + self.free.len()) as u64,
             held: held as u64,
-            oldest: all.map(|stored| stored.created_at).min(),
+            oldest: all.map(Stored::created_at).min(),
             members: self.seats.len() as u64,
         }
     }

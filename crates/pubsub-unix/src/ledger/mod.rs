@@ -16,20 +16,26 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use self::clients::Clients;
+pub(crate) use self::group::HandedOver;
 use self::group::Seated;
 use self::leases::Leases;
 use self::topic::Topic;
 use crate::protocol::{
-    Answer, Begin, Call, ClientId, GroupState, Handed, NoStart, Place, Query, Reply, Request, Seat, Stored, Stretch, Take,
-    ToBroker, What,
+    Answer, Begin, Call, ClientId, FOREIGN, GroupState, NoStart, Offsets, Place, Query, Reply, Request, Seat, Settling,
+    Stretch, Take, ToBroker, What,
 };
+use crate::record::Run;
 
 /// How many topics there are at most, and groups in one of them.
 pub(crate) const MAX_TOPICS: usize = 1 << 16;
 pub(crate) const MAX_GROUPS: usize = 1024;
 
-/// The most bytes of events in one stretch or take, unless a single event is larger.
-pub(crate) const STRETCH_BYTES: usize = 1 << 20;
+/// The most bytes of events in one stretch or take, unless these few are more: what its reader has at hand while the next one travels.
+pub(crate) const STRETCH_BYTES: u64 = 64 << 10;
+pub(crate) const STRETCH_LEAST: usize = 4;
+
+/// The same of one page of a topic's history, which is asked for as a whole.
+const PAGE_BYTES: u64 = 1 << 20;
 
 /// What topics keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +61,9 @@ pub(crate) struct Ledger {
     generations: u64,
     leases: Leases,
     clients: Clients,
+    /// Where each topic ended when the broker began.
+    #[serde(skip)]
+    term: HashMap<SmolStr, Place>,
     /// Topics that changed since the broker last asked.
     #[serde(skip)]
     dirty: HashSet<SmolStr, foldhash::fast::RandomState>,
@@ -64,7 +73,7 @@ pub(crate) struct Ledger {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     Answer(u64, Answer),
-    Taken { member: u64, number: u64, bus: SmolStr, generation: u64, handed: Option<Vec<Handed>> },
+    Taken { member: u64, number: u64, bus: SmolStr, generation: u64, over: Option<HandedOver> },
     Nothing,
 }
 
@@ -81,8 +90,32 @@ impl Ledger {
             generations: 0,
             leases: Leases::default(),
             clients: Clients::default(),
+            term: HashMap::default(),
             dirty: HashSet::default(),
         }
+    }
+
+    /// What an instance keeps for itself while a TypeScript peer is the broker: of generations that no other ledger has.
+    pub(crate) fn foreign(limits: Limits) -> Self {
+        let generations = FOREIGN | u64::from(fastrand::u32(..)) << 24;
+        Self { generations, ..Self::new(fastrand::u64(..), limits) }
+    }
+
+    /// A broker begins: what is published from now on is of its term.
+    pub(crate) fn begin_term(&mut self) {
+        let begins =
+            self.topics.keys().filter_map(|topic| Some((topic.clone(), self.start(topic, &Begin::Latest, true).ok()?)));
+        self.term = begins.collect();
+    }
+
+    /// Takes in events that another broker has given out: they are here, whatever has to go for them.
+    pub(crate) fn take_in(&mut self, topic: &SmolStr, events: &Run) {
+        self.publish(topic, events);
+    }
+
+    /// Makes the indices that are not written down, for a ledger that was read.
+    pub(crate) fn index(&mut self) {
+        self.topics.values_mut().for_each(Topic::index);
     }
 
     /// Carries out an entry of the log.
@@ -115,7 +148,7 @@ impl Ledger {
     /// Whether a call would be refused and change nothing, as things are now.
     pub(crate) fn refuses(&self, request: &Request) -> bool {
         match request {
-            Request::Publish { topic, events } => self.is_full(topic, events),
+            Request::Publish { topic, events, count } => self.is_full(topic, events, *count as u64),
             _ => false,
         }
     }
@@ -133,8 +166,8 @@ impl Ledger {
     fn carry_out(&mut self, client: ClientId, request: &Request) -> Answer {
         let now = self.now;
         match request {
-            Request::Publish { topic, events } if self.is_full(topic, events) => Answer::Full,
-            Request::Publish { topic, events } => self.publish(topic, events),
+            Request::Publish { topic, events, count } if self.is_full(topic, events, *count as u64) => Answer::Full,
+            Request::Publish { topic, events, .. } => self.publish(topic, events),
             Request::Join { seat, begin, or_earliest } => self.join(client, seat, begin.as_ref(), *or_earliest),
             Request::Leave { seat, heard } => {
                 if let Some(group) = self.group(seat) {
@@ -142,25 +175,7 @@ impl Ledger {
                 }
                 Answer::Done
             }
-            Request::Settle { seat, place, attempt, what } => {
-                let letter = match what {
-                    What::Bury(Some((topic, letter))) => Some((topic, letter)),
-                    _ => None,
-                };
-                let settled = match self.topics.get_mut(&seat.topic) {
-                    Some(topic) if topic.generation == place.generation => topic
-                        .groups
-                        .get_mut(&seat.group)
-                        .is_some_and(|group| group.settle(client, seat.member, place.offset, *attempt, what, now)),
-                    _ => false,
-                };
-                self.dirty.insert(seat.topic.clone());
-                if let Some((topic, letter)) = letter.filter(|_| settled) {
-                    // Beyond the bounds, if need be: it takes the place of what was given up.
-                    self.publish(topic, std::slice::from_ref(letter));
-                }
-                Answer::Settled(settled)
-            }
+            Request::Settle { seat, generation, settled } => self.settle(client, seat, *generation, settled),
             Request::Clear { topic } => {
                 self.clear(topic);
                 Answer::Done
@@ -179,24 +194,29 @@ impl Ledger {
 
     /// Whether these events have no place: what would have to go for them is not read yet by all groups that have members. A group
     /// without any holds nobody back; it loses what it has not read, and is told.
-    fn is_full(&self, topic: &SmolStr, events: &[Stored]) -> bool {
-        match self.topics.get(topic) {
-            None => self.topics.len() >= MAX_TOPICS && !self.topics.values().any(Topic::is_expendable),
-            Some(topic) => {
-                let new = topic.count_new(events);
-                let over = (topic.retained() + new).saturating_sub(self.limits.max_events);
-                let incoming: u64 = events.iter().map(|event| event.json.len() as u64).sum();
-                let crowded = self.bytes + incoming > self.limits.max_bytes;
-                let loses = |count: u64| topic.oldest_unread().is_some_and(|unread| topic.oldest_after(count) > unread);
-                new > 0 && ((over > 0 && loses(over)) || (crowded && topic.retained() > 0 && loses(new)))
-            }
+    fn is_full(&self, topic: &SmolStr, events: &Run, count: u64) -> bool {
+        let Some(topic) = self.topics.get(topic) else {
+            return self.topics.len() >= MAX_TOPICS && !self.topics.values().any(Topic::is_expendable);
+        };
+        let Some(unread) = topic.oldest_unread() else { return false };
+        let crowded = self.bytes + events.bytes() > self.limits.max_bytes && topic.retained() > 0;
+        let would_lose = |new: u64| {
+            let over = (topic.retained() + new).saturating_sub(self.limits.max_events);
+            let loses = |count: u64| topic.oldest_after(count) > unread;
+            (over > 0 && loses(over)) || (crowded && loses(new))
+        };
+        // What of it is new need not be counted while there would be room for all of it.
+        if !would_lose(count) {
+            return false;
         }
+        let new = topic.count_new(events);
+        new > 0 && would_lose(new)
     }
 
-    fn publish(&mut self, name: &SmolStr, events: &[Stored]) -> Answer {
+    fn publish(&mut self, name: &SmolStr, events: &Run) -> Answer {
         let topic = self.open(name);
         let before = topic.bytes;
-        let offsets = events.iter().map(|event| topic.append(event)).collect();
+        let offsets: Offsets = events.iter().map(|event| topic.append(event)).collect();
         let (after, generation) = (topic.bytes, topic.generation);
         self.bytes += after - before;
         self.make_room(name);
@@ -287,11 +307,31 @@ impl Ledger {
         }
     }
 
-    /// Whether a take would be answered now.
-    pub(crate) fn can_take(&self, client: ClientId, take: &Take, now: u64) -> bool {
-        let Some(topic) = self.topics.get(&take.seat.topic) else { return true };
-        let Some(group) = topic.groups.get(&take.seat.group) else { return true };
-        group.knows(client, take) || !group.has_seat(client, take.seat.member) || group.has_work(topic, now)
+    /// Settles deliveries to a member one by one, and says which were no longer its own.
+    fn settle(&mut self, client: ClientId, seat: &Seat, generation: u64, settled: &[Settling]) -> Answer {
+        let (now, mut late, mut letters) = (self.now, Vec::new(), Vec::new());
+        let topic = self.topics.get_mut(&seat.topic).filter(|topic| topic.generation == generation);
+        let mut group = topic.and_then(|topic| topic.groups.get_mut(&seat.group));
+        for (place, Settling { offset, attempt, what }) in (0..).zip(settled) {
+            let group = group.as_mut();
+            if !group.is_some_and(|group| group.settle(client, seat.member, *offset, *attempt, what, now)) {
+                late.push(place);
+            } else if let What::Bury(Some((topic, letter))) = what {
+                letters.push((topic, letter));
+            }
+        }
+        self.dirty.insert(seat.topic.clone());
+        for (topic, letter) in letters {
+            // Beyond the bounds, if need be: it takes the place of what was given up.
+            self.publish(topic, &Run::from_iter([letter.clone()]));
+        }
+        Answer::Settled(late)
+    }
+
+    /// How many deliveries of a group could be handed over now; not counted beyond so many.
+    pub(crate) fn work(&self, topic: &SmolStr, group: &SmolStr, now: u64, enough: usize) -> usize {
+        let Some(topic) = self.topics.get(topic) else { return 0 };
+        topic.groups.get(group).map_or(0, |group| group.work(topic, now, enough))
     }
 
     /// Whether a take was answered already, or asks for a seat that is not there: then it need not be written.
@@ -309,12 +349,12 @@ impl Ledger {
         let (now, bus) = (self.now, self.scope(&take.seat.topic));
         let (member, number) = (take.seat.member, take.number);
         let Some(topic) = self.topics.get_mut(&take.seat.topic) else {
-            return Effect::Taken { member, number, bus, generation: 0, handed: None };
+            return Effect::Taken { member, number, bus, generation: 0, over: None };
         };
         let generation = topic.generation;
-        let handed = topic.take(client, take, now);
+        let over = topic.take(client, take, now);
         self.dirty.insert(take.seat.topic.clone());
-        Effect::Taken { member, number, bus, generation, handed }
+        Effect::Taken { member, number, bus, generation, over }
     }
 
     /// A client is gone: its seats are free, and what it held comes back one attempt higher.
@@ -349,8 +389,9 @@ impl Ledger {
             Query::Page { topic, begin, most } => {
                 let kept = self.topics.get(topic);
                 let stretch = self.start(topic, begin, false).map(|from| {
-                    let nothing = || Stretch { bus: self.scope(topic), events: Vec::new(), lagged: 0, next: from };
-                    kept.and_then(|kept| kept.read(self.scope(topic), from, *most)).unwrap_or_else(nothing)
+                    let (offsets, events) = (Offsets::default(), Run::default());
+                    let nothing = || Stretch { bus: self.scope(topic), offsets, events, lagged: 0, next: from };
+                    kept.and_then(|kept| kept.read(self.scope(topic), from, *most, PAGE_BYTES)).unwrap_or_else(nothing)
                 });
                 let (floor, head) = kept.map_or((None, None), Topic::ends);
                 Reply::Page { stretch, floor, head }
@@ -377,11 +418,16 @@ impl Ledger {
         let scope = self.scope(name);
         let empty = Topic::new(0);
         let topic = self.topics.get(name).unwrap_or(&empty);
+        if *begin == Begin::Term {
+            // A topic that was made or cleared meanwhile is all of it new.
+            let known = self.term.get(name).filter(|place| place.generation == topic.generation);
+            return Ok(known.copied().unwrap_or(Place { generation: topic.generation, offset: 0 }));
+        }
         Ok(Place { generation: topic.generation, offset: topic.start(&scope, begin, or_earliest)? })
     }
 
     fn read(&self, name: &SmolStr, from: Place, most: u32) -> Option<Stretch> {
-        self.topics.get(name)?.read(self.scope(name), from, most)
+        self.topics.get(name)?.read(self.scope(name), from, most, STRETCH_BYTES)
     }
 }
 

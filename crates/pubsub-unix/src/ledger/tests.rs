@@ -1,10 +1,9 @@
 //! What entries of the log come to, one by one.
 
-use bytes::Bytes;
-
 use super::*;
 use crate::journal;
-use crate::protocol::{Id, OnLease};
+use crate::protocol::OnLease;
+use crate::record::Stored;
 
 const LIMITS: Limits = Limits { max_events: 3, max_bytes: 1 << 20 };
 
@@ -28,8 +27,9 @@ impl Bench {
     }
 
     fn publish(&mut self, ids: impl IntoIterator<Item = u64>) -> Answer {
-        let events = ids.into_iter().map(event).collect();
-        self.call(1, Request::Publish { topic: "t".into(), events })
+        let events: Vec<Stored> = ids.into_iter().map(event).collect();
+        let count = events.len();
+        self.call(1, Request::publish("t".into(), events.into_iter().collect(), count))
     }
 
     fn join(&mut self, client: ClientId) {
@@ -41,16 +41,17 @@ impl Bench {
     fn take(&mut self, client: ClientId, number: u64, most: u32) -> Vec<(u64, u32, u64)> {
         let take = ToBroker::Take(Take { seat: seat(), number, most });
         match self.ledger.apply(self.ledger.now, client, &take) {
-            Effect::Taken { handed: Some(handed), .. } => {
-                handed.iter().map(|handed| (handed.offset, handed.attempt, handed.lagged)).collect()
+            Effect::Taken { over: Some(over), .. } => {
+                assert_eq!(over.handed.len(), over.events.iter().count());
+                over.handed.iter().map(|handed| (handed.offset, handed.attempt, handed.lagged)).collect()
             }
             other => panic!("{other:?}"),
         }
     }
 
     fn settle(&mut self, client: ClientId, offset: u64, attempt: u32, what: What) -> Answer {
-        let place = Place { generation: 1, offset };
-        self.call(client, Request::Settle { seat: seat(), place, attempt, what })
+        let settled = vec![Settling { offset, attempt, what }];
+        self.call(client, Request::Settle { seat: seat(), generation: 1, settled })
     }
 
     fn lease(&mut self, what: OnLease) -> Answer {
@@ -60,16 +61,16 @@ impl Bench {
 
 fn event(id: u64) -> Stored {
     let json = format!(r#"{{"type":"x","id":"{id}","runId":"r{id}","createdAt":"2026-01-02T03:04:05.006Z","data":{id}}}"#);
-    Stored { id: Id::Text(id.to_string().into()), created_at: 0, json: Bytes::from(json) }
+    Stored::text(&id.to_string(), json.as_bytes())
 }
 
 fn seat() -> Seat {
     Seat { topic: "t".into(), group: "g".into(), member: 5 }
 }
 
-fn offsets(answer: &Answer) -> &[u64] {
+fn offsets(answer: &Answer) -> Vec<u64> {
     match answer {
-        Answer::Published { offsets, .. } => offsets,
+        Answer::Published { offsets, .. } => offsets.iter().collect(),
         other => panic!("{other:?}"),
     }
 }
@@ -118,12 +119,12 @@ fn what_a_client_held_comes_back_once_it_is_gone_one_attempt_higher() {
     bench.publish([1, 2]);
     assert_eq!(bench.take(2, 1, 2), [(0, 1, 0), (1, 1, 0)]);
     assert_eq!(bench.take(2, 1, 2), [(0, 1, 0), (1, 1, 0)], "a take said again");
-    assert_eq!(bench.settle(2, 1, 1, What::Release), Answer::Settled(true));
+    assert_eq!(bench.settle(2, 1, 1, What::Release), Answer::Settled(vec![]));
     bench.ledger.apply(9, 2, &ToBroker::Bye);
     assert_eq!(bench.take(3, 1, 2), [(1, 1, 0), (0, 2, 0)], "what was released is not counted, and comes first");
-    assert_eq!(bench.settle(2, 0, 1, What::Done), Answer::Settled(false), "it is another's now");
-    assert_eq!(bench.settle(3, 0, 2, What::Done), Answer::Settled(true));
-    assert_eq!(bench.settle(3, 0, 2, What::Done), Answer::Settled(false));
+    assert_eq!(bench.settle(2, 0, 1, What::Done), Answer::Settled(vec![0]), "it is another's now");
+    assert_eq!(bench.settle(3, 0, 2, What::Done), Answer::Settled(vec![]));
+    assert_eq!(bench.settle(3, 0, 2, What::Done), Answer::Settled(vec![0]));
 }
 
 #[test]
@@ -174,7 +175,7 @@ fn a_journal_leads_to_the_same_ledger_and_what_is_cut_off_is_not_there() {
     bench.take(2, 1, 1);
     let mut log = journal::begin(&bench.ledger).unwrap();
     let mut body = Vec::new();
-    let request = Request::Publish { topic: "t".into(), events: vec![event(3)] };
+    let request = Request::publish_one("t".into(), event(3));
     let call = ToBroker::Call(Call { number: 50, below: 50, request });
     crate::frame::encode(&call, &mut body).unwrap();
     journal::entry(7, 1, &body[crate::frame::HEADER..], &mut log);

@@ -1,16 +1,19 @@
 //! A topic: a bounded log of events that counts densely within a generation, and the groups that read it.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::BuildHasher;
 
-use bytes::Bytes;
 use foldhash::HashMap;
+use foldhash::fast::RandomState;
 use pubsub_core::{Cursor, Scope, TrimFilter, wire};
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::STRETCH_BYTES;
-use super::group::Seated;
-use crate::protocol::{Begin, ClientId, GroupState, Handed, Id, NoStart, Place, Stored, Stretch, Take};
+use super::STRETCH_LEAST;
+use super::group::{HandedOver, Seated};
+use crate::protocol::{Begin, ClientId, GroupState, NoStart, Offsets, Place, Stretch, Take};
+use crate::record::{Run, Stored};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Topic {
@@ -21,7 +24,13 @@ pub(super) struct Topic {
     events: VecDeque<Option<Stored>>,
     trimmed: u64,
     /// Where each event is, by id: a repeated one is not another.
-    ids: HashMap<Id, u64>,
+    #[serde(skip)]
+    ids: HashMap<u64, u64>,
+    /// The keys of `events`, which are found there: hashes of ids, under a secret of this process.
+    #[serde(skip)]
+    keys: VecDeque<u64>,
+    #[serde(skip)]
+    hasher: RandomState,
     pub(super) groups: BTreeMap<SmolStr, Seated>,
     pub(super) bytes: u64,
     /// When it was last published to, among all topics.
@@ -42,31 +51,63 @@ impl Topic {
     }
 
     /// Appends an event, unless it is here already. Returns its offset.
-    pub(super) fn append(&mut self, event: &Stored) -> u64 {
-        if let Some(place) = self.ids.get(&event.id) {
-            return *place;
+    pub(super) fn append(&mut self, event: Stored) -> u64 {
+        let (offset, key) = (self.next(), self.key(&event));
+        // Of two ids with one hash, the newer is the one that is recognised.
+        if let Some(known) = self.ids.insert(key, offset)
+            && self.at_offset(known).is_some_and(|kept| kept.id_bytes() == event.id_bytes())
+        {
+            self.ids.insert(key, known);
+            return known;
         }
-        let offset = self.next();
-        self.bytes += event.json.len() as u64;
-        self.ids.insert(event.id.clone(), offset);
-        self.events.push_back(Some(event.clone()));
+        self.bytes += event.len();
+        self.events.push_back(Some(event));
+        self.keys.push_back(key);
         offset
     }
 
-    pub(super) fn count_new(&self, events: &[Stored]) -> u64 {
-        events.iter().filter(|event| !self.ids.contains_key(&event.id)).count() as u64
+    fn key(&self, event: &Stored) -> u64 {
+        self.hasher.hash_one(event.id_bytes())
+    }
+
+    fn at_offset(&self, offset: u64) -> Option<&Stored> {
+        self.events.get(usize::try_from(offset.checked_sub(self.floor)?).ok()?)?.as_ref()
+    }
+
+    pub(super) fn count_new(&self, events: &Run) -> u64 {
+        let known = |event: &Stored| {
+            let kept = self.ids.get(&self.key(event)).and_then(|offset| self.at_offset(*offset));
+            kept.is_some_and(|kept| kept.id_bytes() == event.id_bytes())
+        };
+        events.iter().filter(|event| !known(event)).count() as u64
+    }
+
+    /// Makes the index that is not written down.
+    pub(super) fn index(&mut self) {
+        self.keys = self.events.iter().map(|event| event.as_ref().map_or(0, |event| self.key(event))).collect();
+        let numbered = (self.floor..).zip(&self.events).zip(&self.keys);
+        self.ids = numbered.filter_map(|((offset, event), key)| event.as_ref().map(|_| (*key, offset))).collect();
+    }
+
+    /// An event at this offset is no longer recognised.
+    fn forget(&mut self, key: u64, offset: u64) {
+        if let Entry::Occupied(known) = self.ids.entry(key)
+            && *known.get() == offset
+        {
+            known.remove();
+        }
     }
 
     /// Lets go of the oldest event. Returns its bytes.
     pub(super) fn lose_oldest(&mut self) -> u64 {
         let mut freed = 0;
         while let Some(oldest) = self.events.pop_front() {
+            let (offset, key) = (self.floor, self.keys.pop_front());
             self.floor += 1;
             match oldest {
                 Some(lost) => {
-                    freed = lost.json.len() as u64;
-                    self.ids.remove(&lost.id);
-                    let offset = self.floor - 1;
+                    freed = lost.len();
+                    key.into_iter().for_each(|key| self.forget(key, offset));
                     self.groups.values_mut().for_each(|group| group.loses(offset));
                     break;
                 }
@@ -103,6 +144,11 @@ impl Topic {
         self.from(offset).next().is_some()
     }
 
+    /// How many there are at this offset and behind it; not counted beyond so many.
+    pub(super) fn count_from(&self, offset: u64, enough: usize) -> usize {
+        self.from(offset).take(enough).count()
+    }
+
     /// What is retained at this offset and behind it.
     fn from(&self, offset: u64) -> impl Iterator<Item = (u64, &Stored)> + Clone {
         let first = offset.max(self.floor);
@@ -119,7 +165,8 @@ impl Topic {
     pub(super) fn start(&self, scope: &str, begin: &Begin, or_earliest: bool) -> Result<u64, NoStart> {
         let found = match begin {
             Begin::Latest => Ok(self.next()),
-            Begin::Earliest => Ok(self.floor),
+            // A group has no part in terms: to it everything is new.
+            Begin::Earliest | Begin::Term => Ok(self.floor),
             Begin::Index(index) => self.at(*index),
             Begin::After(cursor) => self.behind(scope, cursor),
         };
@@ -148,23 +195,24 @@ impl Topic {
     }
 
     /// What is new at a place and behind it; none if there is nothing. A reader of another generation starts anew.
-    pub(super) fn read(&self, bus: SmolStr, from: Place, most: u32) -> Option<Stretch> {
+    pub(super) fn read(&self, bus: SmolStr, from: Place, most: u32, most_bytes: u64) -> Option<Stretch> {
         let offset = if from.generation == self.generation { from.offset } else { 0 };
         let lagged = self.floor.saturating_sub(offset);
-        let (mut events, mut bytes, mut next) = (Vec::new(), 0, offset.max(self.floor));
-        for (offset, stored) in self.from(offset).take(most.max(1) as usize) {
-            if bytes > 0 && bytes + stored.json.len() > STRETCH_BYTES {
+        let (mut offsets, mut events, mut bytes, mut next) = (Offsets::default(), Run::default(), 0, offset.max(self.floor));
+        for (count, (offset, stored)) in self.from(offset).take(most.max(1) as usize).enumerate() {
+            if count >= STRETCH_LEAST && bytes + stored.len() > most_bytes {
                 break;
             }
-            bytes += stored.json.len();
+            bytes += stored.len();
             next = offset + 1;
-            events.push((offset, stored.clone()));
+            offsets.push(offset);
+            events.push(stored.clone());
         }
         let next = Place { generation: self.generation, offset: next };
-        (!events.is_empty() || from.generation != self.generation).then_some(Stretch { bus, events, lagged, next })
+        (bytes > 0 || from.generation != self.generation).then_some(Stretch { bus, offsets, events, lagged, next })
     }
 
-    pub(super) fn take(&mut self, client: ClientId, take: &Take, now: u64) -> Option<Vec<Handed>> {
+    pub(super) fn take(&mut self, client: ClientId, take: &Take, now: u64) -> Option<HandedOver> {
         // Out of its topic meanwhile: it reads what the topic has.
         let mut group = std::mem::take(self.groups.get_mut(&take.seat.group)?);
         let fresh = |offset| self.from(offset).next().map(|(offset, stored)| (offset, stored.clone()));
@@ -186,15 +234,16 @@ impl Topic {
     pub(super) fn trim(&mut self, run: &str, up_to: Option<i64>) -> (u64, u64) {
         let mut filter = TrimFilter::run(run);
         filter.produced_up_to = up_to;
-        let goes = |json: &Bytes| wire::decode(json, None).is_ok_and(|decoded| filter.matches(&decoded.event));
+        let goes =
+            |stored: &Stored| wire::decode(&stored.shared_json(), None).is_ok_and(|decoded| filter.matches(&decoded.event));
         let (mut count, mut bytes) = (0, 0);
-        for slot in &mut self.events {
-            if let Some(gone) = slot.take_if(|stored| goes(&stored.json)) {
-                (count, bytes) = (count + 1, bytes + gone.json.len() as u64);
-                self.ids.remove(&gone.id);
+        for place in 0..self.events.len() {
+            if let Some(gone) = self.events[place].take_if(|stored| goes(stored)) {
+                (count, bytes) = (count + 1, bytes + gone.len());
+                self.forget(self.keys[place], self.floor + place as u64);
             }
         }
-        self.groups.values_mut().for_each(|group| group.trim(|stored| goes(&stored.json)));
+        self.groups.values_mut().for_each(|group| group.trim(goes));
         (self.trimmed, self.bytes) = (self.trimmed + count, self.bytes - bytes);
         (count, bytes)
     }

@@ -1,0 +1,4 @@
+//! The lines of TypeScript peers.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pubsub_unix::fuzz::lines(data));
