@@ -74,12 +74,12 @@ pub(crate) async fn publish(spec: &Spec, mut to: impl Send) -> Result<(), BoxErr
 /// How far a publisher may be ahead of who reads slowest, in bytes of payload and in events: a bus that keeps what fan-out has not
 /// read, within a bound, lets it run on, and a process that copies does not.
 const REACH_BYTES: u64 = 64 << 20;
-const REACH: u64 = 4096;
+const REACH: u64 = 6144;
 
 /// How often a receiver says how far it is.
-const STEP: u64 = REACH / 16;
+const STEP: u64 = REACH / 8;
 
-/// Where receivers say how far they are: the same for all parties, and beside what is measured.
+/// Where receivers say how far they are, beside what is measured.
 struct Progress {
     socket: Option<UnixDatagram>,
     read: BTreeMap<u32, u64>,
@@ -91,10 +91,14 @@ fn progress_of(spec: &Spec) -> PathBuf {
     spec.address.with_extension("progress")
 }
 
+/// Whether a publisher waits for its receivers anyway: for a group, and where everything is merely copied.
+fn pushes_back(spec: &Spec) -> bool {
+    spec.group || spec.party == super::RAW
+}
+
 impl Progress {
     fn of(spec: &Spec) -> std::io::Result<Self> {
-        // A group's members push back by themselves.
-        let socket = if spec.group { None } else { Some(UnixDatagram::bind(progress_of(spec))?) };
+        let socket = if pushes_back(spec) { None } else { Some(UnixDatagram::bind(progress_of(spec))?) };
         let reach = REACH.min(REACH_BYTES / spec.size as u64);
         Ok(Self { socket, read: BTreeMap::new(), receivers: spec.receivers, reach })
     }
@@ -103,11 +107,17 @@ impl Progress {
         let Some(socket) = &self.socket else { return Ok(()) };
         loop {
             let slowest = if self.read.len() < self.receivers { 0 } else { self.read.values().copied().min().unwrap_or(0) };
-            if published < slowest + self.reach {
-                return Ok(());
-            }
             let mut said = [0; 12];
-            socket.recv(&mut said).await?;
+            // Whatever was said is taken, needed or not: few of these have room, and receivers wait for it.
+            match socket.try_recv(&mut said) {
+                Ok(_) => {}
+                Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return Err(error),
+                Err(_) if published < slowest + self.reach => return Ok(()),
+                Err(_) => {
+                    socket.readable().await?;
+                    continue;
+                }
+            }
             let (who, read) = said.split_at(4);
             let read = u64::from_le_bytes(read.try_into().expect("eight bytes"));
             self.read.insert(u32::from_le_bytes(who.try_into().expect("four bytes")), read);
@@ -134,8 +144,8 @@ const COUNTED: u64 = 1 << 40;
 impl Tally {
     pub(crate) fn of(spec: &Spec) -> Self {
         let socket = || std::os::unix::net::UnixDatagram::unbound().expect("sockets can be made");
-        let progress = (!spec.group).then(|| (socket(), progress_of(spec)));
-        let step = STEP.min(REACH_BYTES / spec.size as u64 / 16);
+        let progress = (!pushes_back(spec)).then(|| (socket(), progress_of(spec)));
+        let step = STEP.min(REACH_BYTES / spec.size as u64 / 8);
         Self(Arc::new(Read { progress, step, count: AtomicU64::new(0), times: Mutex::default() }))
     }
 

@@ -18,6 +18,7 @@ const PREFETCH: usize = 1024;
 
 /// How many events may be on their way at once.
 const IN_FLIGHT: usize = 1024;
+const IN_FLIGHT_BYTES: usize = 2 << 20;
 
 pub(crate) fn relay(spec: &Spec) -> Result<(), BoxError> {
     let runtime = super::runtime()?;
@@ -83,7 +84,7 @@ pub(crate) fn publish(spec: &Spec) -> Result<(), BoxError> {
     super::runtime()?.block_on(async {
         let bus = Bus::from(UnixSocketPubSub::connect(&spec.address).await?);
         let most = match spec.role {
-            Role::Publish { batch, .. } => IN_FLIGHT.div_ceil(batch),
+            Role::Publish { batch, .. } => IN_FLIGHT.min(IN_FLIGHT_BYTES / spec.size).div_ceil(batch),
             _ => 1,
         };
         child::publish(spec, Publisher { bus, topic: topic(), sent: FuturesUnordered::new(), most }).await

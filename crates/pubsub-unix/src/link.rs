@@ -307,6 +307,10 @@ impl Link {
                 return; // what was kept is dropped: closed, or unconfirmed
             }
             state.call(request, kept);
+            // One by itself is on its way at once; one of many goes with those that follow it.
+            if state.session.unanswered() == 1 && state.write_now() {
+                return;
+            }
         }
         self.more.notify_one();
     }

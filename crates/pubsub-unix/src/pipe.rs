@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
 /// The most that is read at once.
-const MOST: usize = 256 << 10;
+const MOST: usize = 64 << 10;
 
 /// Splits a connection.
 pub(crate) fn split(stream: UnixStream) -> io::Result<(Incoming, Outgoing)> {

@@ -14,6 +14,9 @@ use crate::convert::{letter_of_malformed, scope};
 use crate::protocol::{Begin, Place, Query, Request, Stretch};
 use crate::remote::Remote;
 
+/// More is asked for when this part of what may be read ahead has room.
+const WORTH: usize = 8;
+
 pub(crate) struct Reader {
     remote: Arc<Remote>,
     topic: Topic,
@@ -39,6 +42,8 @@ struct State {
     asked: Option<u64>,
     /// Read, and not queued yet.
     entries: VecDeque<Entry>,
+    /// How many are being looked at, to be among them.
+    coming: usize,
     /// How many were lost before the event at an offset, until it is handed over.
     lost: BTreeMap<u64, u64>,
 }
@@ -121,6 +126,15 @@ impl Reader {
         let _ = self.queued.subscribe().wait_for(|queued| *queued >= head).await; // the sender is this very reader's
     }
 
+    /// Asks for more, if there is room worth asking for.
+    fn ask(&self, state: &mut State, place: Place) {
+        let room = self.queue.room().min(self.options.prefetch).saturating_sub(state.entries.len() + state.coming);
+        if room >= (self.options.prefetch / WORTH).max(1) && state.asked.is_none() {
+            let query = self.question(state, place, room);
+            state.asked = self.remote.link.read(query, self.me.clone());
+        }
+    }
+
     /// Queues what was read, and asks for more while there is room.
     pub(crate) fn read_on(&self) {
         let mut aftermath = Aftermath::new();
@@ -130,14 +144,10 @@ impl Reader {
             if !state.entries.is_empty() {
                 self.remote.fill(&self.queue, &mut state.entries, &mut aftermath);
             }
-            if state.entries.is_empty() {
+            if state.entries.is_empty() && state.coming == 0 {
                 self.queued.send_if_modified(|queued| std::mem::replace(queued, place) != place);
-                let room = self.queue.room().min(self.options.prefetch);
-                if room > 0 && state.asked.is_none() {
-                    let query = self.question(&mut state, place, room);
-                    state.asked = self.remote.link.read(query, self.me.clone());
-                }
             }
+            self.ask(&mut state, place);
         }
         aftermath.finish();
     }
@@ -147,7 +157,16 @@ impl Reader {
         let Stretch { next, mut lagged, .. } = stretch;
         self.lagged.fetch_add(lagged, Ordering::Relaxed);
         let scope = scope(&stretch.bus, next.generation);
-        let (mut entries, mut lost) = (Vec::with_capacity(stretch.offsets.len()), None);
+        let coming = stretch.offsets.len();
+        let cleared = {
+            let mut state = self.state.lock();
+            let Some(place) = state.place.filter(|_| state.asked == Some(id)) else { return }; // ended meanwhile
+            (state.asked, state.place, state.coming) = (None, Some(next), coming);
+            // Before this is looked at: what comes next travels meanwhile.
+            self.ask(&mut state, next);
+            place.generation != next.generation
+        };
+        let (mut entries, mut lost) = (Vec::with_capacity(coming), None);
         for (offset, stored) in stretch.iter() {
             match self.remote.read(&stored, Place { offset, ..next }) {
                 Ok(event) => {
@@ -167,14 +186,12 @@ impl Reader {
                 }
             }
         }
-        let cleared;
         {
             let mut state = self.state.lock();
-            if state.asked != Some(id) || state.place.is_none() {
+            state.coming = 0;
+            if state.place.is_none() {
                 return; // ended meanwhile
             }
-            state.asked = None;
-            cleared = state.place.replace(next).is_some_and(|place| place.generation != next.generation);
             state.entries.extend(entries);
             if let Some((offset, lost)) = lost {
                 state.lost.insert(offset, lost);

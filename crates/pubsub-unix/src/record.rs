@@ -81,6 +81,11 @@ impl Stored {
         &self.0
     }
 
+    /// Its id as it is written, with what tells a uuid from text.
+    pub(crate) fn id_bytes(&self) -> &[u8] {
+        &self.0[HEAD - 1..HEAD + self.id_len()]
+    }
+
     pub(crate) fn id(&self) -> Id {
         let id = &self.0[HEAD..HEAD + self.id_len()];
         match (self.0[HEAD - 1], <[u8; UUID]>::try_from(id)) {

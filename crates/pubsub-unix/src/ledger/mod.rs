@@ -30,8 +30,9 @@ use crate::record::Run;
 pub(crate) const MAX_TOPICS: usize = 1 << 16;
 pub(crate) const MAX_GROUPS: usize = 1024;
 
-/// The most bytes of events in one stretch or take, unless a single event is larger.
-pub(crate) const STRETCH_BYTES: u64 = 1 << 20;
+/// The most bytes of events in one stretch or take, unless these few are more: what its reader has at hand while the next one travels.
+pub(crate) const STRETCH_BYTES: u64 = 64 << 10;
+pub(crate) const STRETCH_LEAST: usize = 4;
 
 /// What topics keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,16 +2,18 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::BuildHasher;
 
 use foldhash::HashMap;
+use foldhash::fast::RandomState;
 use pubsub_core::{Cursor, Scope, TrimFilter, wire};
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
-use super::STRETCH_BYTES;
 use super::group::{HandedOver, Seated};
+use super::{STRETCH_BYTES, STRETCH_LEAST};
 use crate::protocol::{Begin, ClientId, GroupState, NoStart, Offsets, Place, Stretch, Take};
-use crate::record::{Id, Run, Stored};
+use crate::record::{Run, Stored};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Topic {
@@ -23,7 +25,12 @@ pub(super) struct Topic {
     trimmed: u64,
     /// Where each event is, by id: a repeated one is not another.
     #[serde(skip)]
-    ids: HashMap<Id, u64>,
+    ids: HashMap<u64, u64>,
+    /// The keys of `events`, which are found there: hashes of ids, under a secret of this process.
+    #[serde(skip)]
+    keys: VecDeque<u64>,
+    #[serde(skip)]
+    hasher: RandomState,
     pub(super) groups: BTreeMap<SmolStr, Seated>,
     pub(super) bytes: u64,
     /// When it was last published to, among all topics.
@@ -45,38 +52,62 @@ impl Topic {
 
     /// Appends an event, unless it is here already. Returns its offset.
     pub(super) fn append(&mut self, event: Stored) -> u64 {
-        let offset = self.next();
-        match self.ids.entry(event.id()) {
-            Entry::Occupied(known) => *known.get(),
-            Entry::Vacant(new) => {
-                new.insert(offset);
-                self.bytes += event.len();
-                self.events.push_back(Some(event));
-                offset
+        let (offset, key) = (self.next(), self.key(&event));
+        if let Some(known) = self.ids.insert(key, offset) {
+            if self.at_offset(known).is_some_and(|kept| kept.id_bytes() == event.id_bytes()) {
+                self.ids.insert(key, known);
+                return known;
             }
+            // Of two ids with one hash, the newer is the one that is recognised.
         }
+        self.bytes += event.len();
+        self.events.push_back(Some(event));
+        self.keys.push_back(key);
+        offset
+    }
+
+    fn key(&self, event: &Stored) -> u64 {
+        self.hasher.hash_one(event.id_bytes())
+    }
+
+    fn at_offset(&self, offset: u64) -> Option<&Stored> {
+        self.events.get(usize::try_from(offset.checked_sub(self.floor)?).ok()?)?.as_ref()
     }
 
     pub(super) fn count_new(&self, events: &Run) -> u64 {
-        events.iter().filter(|event| !self.ids.contains_key(&event.id())).count() as u64
+        let known = |event: &Stored| {
+            let kept = self.ids.get(&self.key(event)).and_then(|offset| self.at_offset(*offset));
+            kept.is_some_and(|kept| kept.id_bytes() == event.id_bytes())
+        };
+        events.iter().filter(|event| !known(event)).count() as u64
     }
 
     /// Makes the index that is not written down.
     pub(super) fn index(&mut self) {
-        let numbered = (self.floor..).zip(&self.events);
-        self.ids = numbered.filter_map(|(offset, event)| Some((event.as_ref()?.id(), offset))).collect();
+        self.keys = self.events.iter().map(|event| event.as_ref().map_or(0, |event| self.key(event))).collect();
+        let numbered = (self.floor..).zip(&self.events).zip(&self.keys);
+        self.ids = numbered.filter_map(|((offset, event), key)| event.as_ref().map(|_| (*key, offset))).collect();
+    }
+
+    /// An event at this offset is no longer recognised.
+    fn forget(&mut self, key: u64, offset: u64) {
+        if let Entry::Occupied(known) = self.ids.entry(key)
+            && *known.get() == offset
+        {
+            known.remove();
+        }
     }
 
     /// Lets go of the oldest event. Returns its bytes.
     pub(super) fn lose_oldest(&mut self) -> u64 {
         let mut freed = 0;
         while let Some(oldest) = self.events.pop_front() {
+            let (offset, key) = (self.floor, self.keys.pop_front());
             self.floor += 1;
             match oldest {
                 Some(lost) => {
                     freed = lost.len();
-                    self.ids.remove(&lost.id());
-                    let offset = self.floor - 1;
+                    key.into_iter().for_each(|key| self.forget(key, offset));
                     self.groups.values_mut().for_each(|group| group.loses(offset));
                     break;
                 }
@@ -168,10 +199,12 @@ impl Topic {
         let offset = if from.generation == self.generation { from.offset } else { 0 };
         let lagged = self.floor.saturating_sub(offset);
         let (mut offsets, mut events, mut bytes, mut next) = (Offsets::default(), Run::default(), 0, offset.max(self.floor));
+        let mut count = 0;
         for (offset, stored) in self.from(offset).take(most.max(1) as usize) {
-            if bytes > 0 && bytes + stored.len() > STRETCH_BYTES {
+            if count >= STRETCH_LEAST && bytes + stored.len() > STRETCH_BYTES {
                 break;
             }
+            count += 1;
             bytes += stored.len();
             next = offset + 1;
             offsets.push(offset);
@@ -206,10 +239,10 @@ impl Topic {
         let goes =
             |stored: &Stored| wire::decode(&stored.shared_json(), None).is_ok_and(|decoded| filter.matches(&decoded.event));
         let (mut count, mut bytes) = (0, 0);
-        for slot in &mut self.events {
-            if let Some(gone) = slot.take_if(|stored| goes(stored)) {
+        for place in 0..self.events.len() {
+            if let Some(gone) = self.events[place].take_if(|stored| goes(stored)) {
                 (count, bytes) = (count + 1, bytes + gone.len());
-                self.ids.remove(&gone.id());
+                self.forget(self.keys[place], self.floor + place as u64);
             }
         }
         self.groups.values_mut().for_each(|group| group.trim(goes));

@@ -257,10 +257,16 @@ async fn read(
         if register.epoch()? != epoch {
             return Ok(false);
         }
+        let mut any = false;
         while let Some(body) = decoder.next().map_err(malformed)? {
+            any = true;
             link.heard(frame::body(&body).map_err(malformed)?);
         }
-        link.less.notify_waiters();
+        if any {
+            link.less.notify_waiters();
+            // Whom it is for has it at hand now, and not only once all that is on its way has been read.
+            tokio::task::yield_now().await;
+        }
         decoder.reserve();
         match timeout(Duration::from_millis(PING), from.read_buf(&mut decoder.buffer)).await {
             Ok(read) => {
