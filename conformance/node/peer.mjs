@@ -73,7 +73,13 @@ async function act({ what, topic, group, data, type, runId, extra, nacks = 0, co
       return bus.subscribe(topic, callback, group === undefined ? undefined : { group });
     }
     case 'answer': // says its name in `pong` to whatever comes in `ping`
-      return bus.subscribe('ping', () => bus.publish('pong', { type: type, runId: '', data: null }).catch(() => {}));
+      for (const answer = () => bus.publish('pong', { type, runId: '', data: null }).catch(() => {}); ; ) {
+        try {
+          return await bus.subscribe('ping', answer);
+        } catch {
+          await new Promise((resolve) => setTimeout(resolve, 20)); // the broker is changing, and with it goes a subscribe on its way
+        }
+      }
     case 'unsubscribe':
       return bus.unsubscribe(topic, subscriptions.get(`${topic} ${group}`));
     case 'publish':

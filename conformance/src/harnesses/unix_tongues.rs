@@ -118,7 +118,7 @@ impl Harness for TonguesHarness {
         let speaks_lines = match self.tongues {
             Tongues::Mastra => false,
             Tongues::Lines => true,
-            Tongues::Mixed => self.made.fetch_add(1, Ordering::Relaxed) % 2 == 0,
+            Tongues::Mixed => self.made.fetch_add(1, Ordering::Relaxed).is_multiple_of(2),
         };
         let builder = UnixSocketPubSub::builder(&socket);
         let instance = if speaks_lines { builder.lines_only().connect().await? } else { builder.connect().await? };
