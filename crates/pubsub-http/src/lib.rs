@@ -1,4 +1,4 @@
-//! An event bus over HTTP: topics as server-sent events that survive their connection, and publishing.
+//! An event bus over HTTP: topics as server-sent events that survive their connection, publishing, and webhooks both ways.
 //!
 //! # Example
 //!
@@ -56,6 +56,51 @@
 //! ([`Deduplication`](pubsub_core::Deduplication)). The answer is `{"events":[{"id","cursor"?}]}`, or a problem (RFC 9457) with the
 //! `fates` of the events: `published`, `notSent` or `unknown`.
 //!
+//! # Pushing and taking in
+//!
+//! A [`Push`] delivers a subscription to a URL; an [`Intake`] is what stands behind one. They fit each other, and each fits others: a push
+//! can go to any URL, the `POST /{topic}/events` of another bus among them, and an intake takes what Google Cloud Pub/Sub pushes.
+//!
+//! ```
+//! use pubsub_core::{Bus, Event};
+//! use pubsub_emitter::EventEmitterPubSub;
+//! use pubsub_http::{Form, Intake, Push, Pushed, Secret, ServeOptions, serve};
+//! use tokio::net::TcpListener;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let secret = Secret::new("32 random bytes, kept by both ends")?;
+//! let (told, mut orders) = tokio::sync::mpsc::channel(1);
+//! let intake = Intake::new(Form::Events).secret(secret.clone()).handle(move |order: Pushed| {
+//!     let told = told.clone();
+//!     async move { Ok(told.send(order).await?) } // an error is a retry
+//! })?;
+//! let listener = TcpListener::bind("127.0.0.1:0").await?;
+//! let url = format!("http://{}/", listener.local_addr()?);
+//! tokio::spawn(serve(listener, intake, ServeOptions::new(), std::future::pending()));
+//!
+//! let bus = Bus::from(EventEmitterPubSub::new());
+//! let mut subscription = bus.subscribe_group("orders", "billing").await?;
+//! let push = Push::to(url).secret(secret).allow_private(true).build()?; // private: it is this host
+//! tokio::spawn(async move { push.run(&mut subscription).await });
+//! bus.publish("orders", Event::new("order.placed")).await?;
+//! let order = orders.recv().await.expect("it was pushed");
+//! assert_eq!((order.event().event_type(), order.attempt()), ("order.placed", 1));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - **Settlement.** What the handler returns is what becomes of the delivery: 204 is done, 503 a retry after `Retry-After` if it asks for
+//!   one, 422 a dead letter. The header `pubsub-settle` says which, so that a plain 503 of a proxy stays a plain retry. A handler is cancelled
+//!   when its delivery is lost to another member or its sender gone. What is lost on the way is pushed again: handle by event id.
+//! - **Signatures** ([`SIGNATURE`]) are HMAC-SHA-256 over time, nonce and body. An intake refuses what is forged, older than its window or
+//!   used before, compares in constant time, and takes several secrets, so that one can be replaced.
+//! - **Where pushes go.** A name is resolved and its addresses checked by the code that connects, so that what was checked is what is
+//!   connected to. Addresses that are not public are refused unless [allowed](PushBuilder::allow_private). Redirects are not followed;
+//!   proxies of the environment are not used. `https:` needs the feature `tls` (rustls with this host's root certificates).
+//! - **Google's OIDC tokens** stand in the header `Authorization`: the intake's [hook](Intake::authorize) checks them, with a library for
+//!   tokens.
+//!
 //! # Authorisation
 //!
 //! Every request passes a [hook](Authorize) that sees its topic, action and head, before its body is read. Without one, nothing is
@@ -63,25 +108,37 @@
 //!
 //! # Limits
 //!
-//! Those of [`HttpBuilder`] hold under any server; those of [`ServeOptions`] under [`serve()`].
+//! Those of [`HttpBuilder`] and [`Intake`] hold under any server; those of [`ServeOptions`] under [`serve()`]. A push has those of
+//! [`PushBuilder`], and reads at most 64 KiB of an answer.
 //!
 //! # When the peer dies
 //!
 //! A client's connection that ends takes its stream and subscription with it at once. One that goes silent is noticed within
 //! [`stall_timeout`](ServeOptions::stall_timeout). When this server dies, clients connect to the next and resume; what that needs is in
-//! the bus.
+//! the bus. A receiver of pushes that is gone is tried again as the subscription's policy says; a pusher that dies leaves its group's
+//! deliveries to the other members, or to its next life where groups are durable.
 
 mod access;
+mod address;
 mod builder;
+mod connect;
+mod envelope;
 mod health;
+mod intake;
 mod publish;
+mod push;
 mod refusal;
 mod request;
 mod room;
 mod serve;
+mod settle;
+mod signature;
 mod sse;
 mod stream;
 
 pub use access::{Access, Action, Authorize, Verdict};
 pub use builder::HttpBuilder;
+pub use intake::{Form, Intake, Pushed};
+pub use push::{Push, PushBuilder};
 pub use serve::{ServeOptions, serve};
+pub use signature::{SIGNATURE, Secret};

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode};
+use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use pubsub_core::Topic;
 
@@ -75,11 +76,14 @@ pub(crate) fn check_json(headers: &HeaderMap) -> Result<(), Refusal> {
 
 /// Reads a whole body, up to a size and within a time.
 pub(crate) async fn read_body(body: Body, most: usize, within: Duration) -> Result<Bytes, Refusal> {
+    let too_large = || Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is over {most} bytes long"));
+    // One that says how long it is need not be sent.
+    if body.size_hint().lower() > most as u64 {
+        return Err(too_large());
+    }
     match tokio::time::timeout(within, Limited::new(body, most).collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is over {most} bytes long")))
-        }
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(_)) => Err(Refusal::bad("the body broke off")),
         Err(_) => Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive")),
     }

@@ -140,9 +140,7 @@ impl Opened {
             Ok(Self { gap: Some(gap), ..opened(subscribe(start).await?, Some(id.to_owned()), None) })
         };
         match from {
-            From::Start(Start::Latest) if !retains => {
-                Ok(opened(subscribe(Start::Latest).await?, Some(LIVE.to_owned()), None))
-            }
+            From::Start(Start::Latest) if !retains => Ok(opened(subscribe(Start::Latest).await?, Some(LIVE.to_owned()), None)),
             From::Start(Start::Latest) => {
                 // Begun behind the head, and not just anywhere, it can be resumed before its first event.
                 for _ in 0..TRIES {

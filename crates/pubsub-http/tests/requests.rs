@@ -101,7 +101,7 @@ async fn nothing_is_allowed_unless_somebody_allows_it() {
     let seen = asked.clone();
     let hook = move |access: Access<'_>| {
         seen.lock().unwrap().push((access.topic.map(Topic::to_string), access.action));
-        match access.request.headers.get("authorization").map(|value| value.as_bytes()) {
+        match access.request.headers.get("authorization").map(axum::http::HeaderValue::as_bytes) {
             None => Verdict::Unauthenticated,
             Some(b"Bearer good") => Verdict::Allow,
             Some(_) => Verdict::Deny,

@@ -115,7 +115,6 @@ impl Server {
     }
 }
 
-
 async fn read_head(reader: &mut BufReader<TcpStream>) -> (u16, Vec<(String, String)>) {
     let mut line = String::new();
     soon("a status line", reader.read_line(&mut line)).await.unwrap();
