@@ -56,7 +56,7 @@ pub(crate) fn contests(server: &Rc<Server>) -> Vec<Contest> {
             Ok(pick(measure(&server, name, topics, each)?))
         })
     };
-    let contest = |settings, parties| Contest { backend: BACKEND, settings, parties };
+    let contest = |settings, parties| Contest { backend: BACKEND, settings, rounds: Some(1), parties };
     let us = Unit::Microseconds;
     let cpu: fn(Figures) -> Vec<f64> = |figures| vec![figures.cpu, figures.latency];
     let both = |topics, each| vec![party(OURS, Role::Ours, topics, each, cpu), party(FRED, Role::Peer, topics, each, cpu)];

@@ -55,7 +55,7 @@ pub(crate) fn contests() -> Vec<Contest> {
             return Vec::new();
         }
     };
-    let contest = |settings, parties| Contest { backend: BACKEND, settings, parties };
+    let contest = |settings, parties| Contest { backend: BACKEND, settings, rounds: None, parties };
     let mut contests = vec![
         contest(
             vec![("1 to 1", Unit::Events), ("server CPU", Unit::Microseconds), ("server memory", Unit::Bytes)],

@@ -92,7 +92,8 @@ impl Failure {
         Self(Settlement::Release)
     }
 
-    pub(crate) fn into_settlement(self) -> Settlement {
+    /// What is to become of the delivery; for those who run handlers of their own.
+    pub fn into_settlement(self) -> Settlement {
         self.0
     }
 }

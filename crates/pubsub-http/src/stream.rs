@@ -1,0 +1,366 @@
+//! `GET /{topic}/events`: a topic as server-sent events that resume where their connection was lost.
+
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::request::Parts;
+use http::{HeaderName, HeaderValue};
+use http_body::Frame;
+use pubsub_core::{
+    AckMode, Bus, Capability, Cursor, Delivery, Error, ErrorKind, Gap, Overflow, Result, Start, SubscribeOptions, Subscription,
+    Topic,
+};
+use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, Sleep};
+
+use crate::access::Action;
+use crate::builder::Shared;
+use crate::refusal::Refusal;
+use crate::room::Seat;
+use crate::sse;
+
+/// What a reconnecting `EventSource` sends.
+const LAST_EVENT_ID: &str = "last-event-id";
+
+/// The id of a stream that began on a topic without events: whoever gives it back starts with the earliest.
+const BEGINNING: &str = "earliest";
+
+/// The id of a stream on a bus that retains nothing: whoever gives it back has missed what there was meanwhile.
+const LIVE: &str = "live";
+
+/// How many bytes of events are written together at most, but for the last of them.
+const FRAME: usize = 16 << 10;
+
+/// How often the head of a busy topic may be trimmed away before a stream could begin behind it.
+const TRIES: usize = 4;
+
+pub(crate) async fn follow(State(shared): State<Arc<Shared>>, Path(topic): Path<String>, request: Request) -> Response {
+    match try_follow(&shared, &topic, request).await {
+        Ok(response) => response,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+async fn try_follow(shared: &Arc<Shared>, topic: &str, request: Request) -> Result<Response, Refusal> {
+    let (parts, _) = request.into_parts();
+    let topic = shared.admit_to(topic, Action::Follow, &parts).await?;
+    let from = From::asked(&parts)?;
+    let permit = shared.streams.clone().try_acquire_owned();
+    let permit = permit.map_err(|_| Refusal::busy("too many streams are open"))?;
+    let opened = shared.in_time("subscribing", Opened::open(&shared.bus, &topic, from, shared.limits.prefetch)).await??;
+    let body = Body::new(Events::new(shared, topic, opened, permit));
+    let headers = [
+        (CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
+        (CACHE_CONTROL, HeaderValue::from_static("no-store")),
+        // What stands between, such as nginx, would collect events before it passes them on.
+        (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    ];
+    Ok((headers, body).into_response())
+}
+
+/// Where a stream is asked to begin.
+#[derive(Debug, PartialEq, Eq)]
+enum From {
+    Start(Start),
+    /// The client was here before, and where it was cannot be found.
+    Lost(&'static str),
+}
+
+impl From {
+    /// What a reconnecting client remembers comes before what its address says: an `EventSource` keeps its address for ever.
+    fn asked(request: &Parts) -> Result<Self, Refusal> {
+        let last = request.headers.get(LAST_EVENT_ID).map(HeaderValue::as_bytes).filter(|id| !id.is_empty());
+        if let Some(last) = last {
+            return Ok(Self::remembered(std::str::from_utf8(last).unwrap_or_default()));
+        }
+        let mut from = None;
+        for (key, value) in form_urlencoded::parse(request.uri.query().unwrap_or_default().as_bytes()) {
+            let asked = match (&*key, &*value) {
+                ("start", "latest") => Start::Latest,
+                ("start", "earliest") => Start::Earliest,
+                ("start", index) => match index.parse() {
+                    Ok(index) => Start::Index(index),
+                    Err(_) => return Err(Refusal::bad("`start` must be latest, earliest or an index")),
+                },
+                ("after", cursor) => Start::After(cursor.parse().map_err(|_| Refusal::bad("`after` must be a cursor"))?),
+                // Others are for those in between and for the authorisation: an `EventSource` cannot send headers.
+                _ => continue,
+            };
+            if from.replace(asked).is_some() {
+                return Err(Refusal::bad("one start is enough"));
+            }
+        }
+        Ok(Self::Start(from.unwrap_or(Start::Latest)))
+    }
+
+    fn remembered(id: &str) -> Self {
+        match id.parse::<Cursor>() {
+            Ok(cursor) => Self::Start(Start::After(cursor)),
+            Err(_) if id == BEGINNING => Self::Start(Start::Earliest),
+            Err(_) if id == LIVE => Self::Lost("notRetained"),
+            // Of another bus, as far as anybody can tell: a client that keeps coming back with it must be able to go on.
+            Err(_) => Self::Lost("otherBus"),
+        }
+    }
+}
+
+/// A subscription, and what its stream says first.
+struct Opened {
+    subscription: Subscription,
+    id: Option<String>,
+    /// The position that the stream is behind, if there is one.
+    behind: Option<Cursor>,
+    gap: Option<Value>,
+}
+
+impl Opened {
+    async fn open(bus: &Bus, topic: &Topic, from: From, prefetch: usize) -> Result<Self> {
+        let retains = bus.capabilities().supports(Capability::History);
+        let subscribe = async |start| {
+            // A client that is too slow misses events, or reads them from what is retained; it makes no publisher wait.
+            let options = SubscribeOptions::fan_out().start(start).overflow(Overflow::DropOldest).prefetch(prefetch);
+            bus.subscribe_with(topic, options).await
+        };
+        let opened = |subscription, id, behind| Self { subscription, id, behind, gap: None };
+        let anew = async |gap: Value| {
+            let start = if retains { Start::Earliest } else { Start::Latest };
+            let id = if retains { BEGINNING } else { LIVE };
+            Ok(Self { gap: Some(gap), ..opened(subscribe(start).await?, Some(id.to_owned()), None) })
+        };
+        match from {
+            From::Start(Start::Latest) if !retains => Ok(opened(subscribe(Start::Latest).await?, Some(LIVE.to_owned()), None)),
+            From::Start(Start::Latest) => {
+                // Begun behind the head, and not just anywhere, it can be resumed before its first event.
+                for _ in 0..TRIES {
+                    let Some(head) = bus.history(topic, Start::Latest, 1).await?.head else {
+                        return Ok(opened(subscribe(Start::Earliest).await?, Some(BEGINNING.to_owned()), None));
+                    };
+                    match subscribe(Start::After(head.clone())).await {
+                        Ok(subscription) => return Ok(opened(subscription, Some(head.to_string()), Some(head))),
+                        Err(error) if matches!(error.kind(), ErrorKind::Gap(_)) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(opened(subscribe(Start::Latest).await?, None, None))
+            }
+            From::Start(Start::After(_)) if !retains => anew(json!({"reason": "notRetained"})).await,
+            From::Start(start) => {
+                let behind = if let Start::After(cursor) = &start { Some(cursor.clone()) } else { None };
+                let id = behind.as_ref().map_or(BEGINNING.to_owned(), Cursor::to_string);
+                let id = if matches!(start, Start::Index(_)) { None } else { Some(id) };
+                match subscribe(start).await {
+                    Ok(subscription) => Ok(opened(subscription, id, behind)),
+                    Err(error) => match error.kind() {
+                        ErrorKind::Gap(gap) => anew(told(gap)).await,
+                        _ => Err(error),
+                    },
+                }
+            }
+            From::Lost(why) => anew(json!({"reason": why})).await,
+        }
+    }
+}
+
+fn told(gap: &Gap) -> Value {
+    match gap {
+        Gap::Trimmed { missed: Some(missed) } => json!({"reason": "trimmed", "missed": missed}),
+        Gap::Trimmed { missed: None } => json!({"reason": "trimmed"}),
+        Gap::Ahead => json!({"reason": "ahead"}),
+        Gap::OtherGeneration => json!({"reason": "otherGeneration"}),
+        _ => json!({"reason": "otherBus"}),
+    }
+}
+
+/// The body of a stream. It is polled when its client can take more, and holds nothing back that others wait for: dropping it, as the
+/// server does when the connection ends, unsubscribes.
+struct Events {
+    subscription: Subscription,
+    seat: Seat,
+    bus: Bus,
+    /// What waits to be written. Its memory comes back when what was taken of it has been sent.
+    out: BytesMut,
+    /// Behind the last event that was written.
+    behind: Option<Cursor>,
+    heartbeat: Duration,
+    ends_at: Instant,
+    clock: Pin<Box<Sleep>>,
+    /// Something was written since the clock was set.
+    spoke: bool,
+    /// Whether the topic was cleared while nothing happened on it.
+    check: Option<BoxFuture<'static, bool>>,
+    ended: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Events {
+    fn new(shared: &Arc<Shared>, topic: Topic, opened: Opened, permit: OwnedSemaphorePermit) -> Self {
+        let Opened { subscription, id, behind, gap } = opened;
+        let limits = &shared.limits;
+        let mut out = BytesMut::new();
+        sse::opening(&mut out, limits.reconnect_after.as_millis(), id);
+        if let Some(gap) = gap {
+            sse::notice(&mut out, "gap", gap.to_string().as_bytes());
+        }
+        let now = Instant::now();
+        let ends_at = now + limits.stream_lifetime;
+        Self {
+            subscription,
+            seat: shared.rooms.enter(&topic),
+            bus: shared.bus.clone(),
+            out,
+            behind,
+            heartbeat: limits.heartbeat,
+            ends_at,
+            clock: Box::pin(tokio::time::sleep_until(ends_at.min(now + limits.heartbeat))),
+            spoke: true,
+            check: None,
+            ended: false,
+            _permit: permit,
+        }
+    }
+
+    fn take(&mut self, delivery: &Delivery) -> ControlFlow<()> {
+        let cursor = delivery.cursor();
+        if let (Some(now), Some(before)) = (&cursor, &self.behind)
+            && now.scope() != before.scope()
+        {
+            self.end_cleared();
+            return ControlFlow::Break(());
+        }
+        if delivery.lagged() > 0 {
+            let gap = json!({"reason": "lagged", "missed": delivery.lagged()});
+            sse::notice(&mut self.out, "gap", gap.to_string().as_bytes());
+        }
+        match self.seat.room().write(delivery, cursor.as_ref(), &mut self.out) {
+            Ok(()) => self.behind = cursor.or(self.behind.take()),
+            // A live value was published to the instance's own subscribers, of which its client is none.
+            Err(error) => tracing::debug!(%error, event = %delivery.event().id(), "an event cannot leave the process"),
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn end_cleared(&mut self) {
+        sse::notice(&mut self.out, "end", br#"{"reason":"cleared"}"#);
+        self.ended = true;
+    }
+
+    /// Takes what there is, up to a frame.
+    fn fill(&mut self, cx: &mut Context<'_>) {
+        while !self.ended && self.out.len() < FRAME {
+            match self.subscription.poll_delivery(cx, AckMode::Auto) {
+                Poll::Pending => return,
+                Poll::Ready(Some(Ok(delivery))) => {
+                    if self.take(&delivery).is_break() {
+                        return;
+                    }
+                }
+                // The client comes again, and is told then if that cannot help.
+                Poll::Ready(Some(Err(error))) => {
+                    tracing::warn!(%error, "a stream ends");
+                    self.ended = true;
+                }
+                Poll::Ready(None) => self.ended = true,
+            }
+        }
+    }
+
+    /// Has the clock set anew and asks about the topic, when it is time. True if there is something to be written.
+    fn tick(&mut self, cx: &mut Context<'_>) -> bool {
+        if let Some(check) = &mut self.check
+            && let Poll::Ready(cleared) = check.poll_unpin(cx)
+        {
+            self.check = None;
+            if cleared {
+                self.end_cleared();
+                return true;
+            }
+        }
+        let mut due = false;
+        while self.clock.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            if now >= self.ends_at {
+                self.ended = true;
+                return true;
+            }
+            self.clock.as_mut().reset(self.ends_at.min(now + self.heartbeat));
+            if !std::mem::take(&mut self.spoke) {
+                self.out.extend_from_slice(sse::HEARTBEAT);
+                self.check = self.behind.clone().map(|behind| was_cleared(self.bus.clone(), &self.subscription, behind));
+                due = true;
+            }
+        }
+        due
+    }
+}
+
+/// Whether a position is of an earlier generation than what its topic retains now.
+fn was_cleared(bus: Bus, subscription: &Subscription, behind: Cursor) -> BoxFuture<'static, bool> {
+    let topic = subscription.topic().clone();
+    async move {
+        let page = bus.history(topic, Start::After(behind), 1).await;
+        matches!(page.as_ref().map_err(Error::kind), Err(ErrorKind::Gap(Gap::OtherGeneration)))
+    }
+    .boxed()
+}
+
+impl http_body::Body for Events {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let this = &mut *self;
+        this.fill(cx);
+        // However busy it is, it ends in time.
+        if !this.out.is_empty() {
+            this.ended |= Instant::now() >= this.ends_at;
+            this.spoke = true;
+            return Poll::Ready(Some(Ok(Frame::data(this.out.split().freeze()))));
+        }
+        if !this.ended && !this.tick(cx) {
+            return Poll::Pending;
+        }
+        // What silence makes the stream say is no speech. A check begun just now is polled when the frame has been taken.
+        if this.out.is_empty() { Poll::Ready(None) } else { Poll::Ready(Some(Ok(Frame::data(this.out.split().freeze())))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(query: &str, last: Option<&str>) -> Result<From, u16> {
+        let mut request = http::Request::get(format!("/t/events?{query}"));
+        if let Some(last) = last {
+            request = request.header(LAST_EVENT_ID, last);
+        }
+        From::asked(&request.body(()).unwrap().into_parts().0).map_err(|refusal| refusal.status().as_u16())
+    }
+
+    #[test]
+    fn what_is_remembered_comes_before_what_is_asked() {
+        let cursor = |text: &str| Start::After(text.parse().unwrap());
+        assert_eq!(asked("", None), Ok(From::Start(Start::Latest)));
+        assert_eq!(asked("start=earliest&token=x", None), Ok(From::Start(Start::Earliest)));
+        assert_eq!(asked("start=7", Some("")), Ok(From::Start(Start::Index(7))));
+        assert_eq!(asked("after=b.g.1.0", None), Ok(From::Start(cursor("b.g.1.0"))));
+        assert_eq!(asked("start=earliest", Some("b.g.2.0")), Ok(From::Start(cursor("b.g.2.0"))));
+        assert_eq!(asked("", Some("earliest")), Ok(From::Start(Start::Earliest)));
+        assert_eq!(asked("", Some("live")), Ok(From::Lost("notRetained")));
+        assert_eq!(asked("", Some("what?")), Ok(From::Lost("otherBus")));
+        for bad in ["start=x", "after=x", "start=1&after=b.g.1.0", "start=-1", "start="] {
+            assert_eq!(asked(bad, None), Err(400), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Streams over a real connection: starting, resuming, gaps, ends, and what one client is to the others.
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use pubsub_cache::InMemoryServerCache;
+use pubsub_core::Event;
+use pubsub_http::ServeOptions;
+use serde_json::json;
+
+const PATH: &str = "/t/events";
+
+#[tokio::test]
+async fn a_stream_cut_again_and_again_is_whole() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let mut seen = Vec::new();
+    let mut last = server.follow(PATH, None).await.opened().await;
+    for cut in 0..20 {
+        publish(&bus, "t", cut * 10..cut * 10 + 10).await;
+        let mut stream = server.follow("/t/events?start=latest", Some(&last)).await;
+        seen.extend(stream.kinds(7).await);
+        last = stream.last.clone().unwrap();
+    }
+    seen.extend(server.follow(PATH, Some(&last)).await.kinds(60).await);
+    assert_eq!(seen, numbers(0..200));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_missed_before_the_first_event_is_resumed_too() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let on_nothing = server.follow(PATH, None).await.opened().await;
+    publish(&bus, "t", 0..2).await;
+    let at_head = server.follow(PATH, None).await.opened().await;
+    publish(&bus, "t", 2..4).await;
+    assert_eq!(server.follow(PATH, Some(&on_nothing)).await.kinds(4).await, numbers(0..4));
+    assert_eq!(server.follow(PATH, Some(&at_head)).await.kinds(2).await, numbers(2..4));
+}
+
+#[tokio::test]
+async fn starts_where_it_is_asked() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    publish(&bus, "t", 0..5).await;
+    assert_eq!(server.follow("/t/events?start=earliest", None).await.kinds(5).await, numbers(0..5));
+    let mut from_third = server.follow("/t/events?start=2&token=secret", None).await;
+    assert_eq!(from_third.kinds(1).await, ["2"]);
+    let after = format!("/t/events?after={}", from_third.last.clone().unwrap());
+    assert_eq!(server.follow(&after, None).await.kinds(2).await, ["3", "4"]);
+    let mut latest = server.follow(PATH, None).await;
+    latest.opened().await;
+    publish(&bus, "t", 5..6).await;
+    assert_eq!(latest.kinds(1).await, ["5"]);
+    for bad in ["?start=soon", "?after=here", "?start=1&start=2"] {
+        assert_eq!(server.get(&format!("{PATH}{bad}")).await.status, 400, "{bad}");
+    }
+    let keeps_nothing = Server::start(http(&bare()).build().unwrap()).await;
+    let refused = keeps_nothing.get("/t/events?start=earliest").await;
+    assert_eq!((refused.status, refused.header("content-type")), (501, Some("application/problem+json")));
+}
+
+#[tokio::test]
+async fn an_event_is_written_as_it_was_published() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let topic = "a/b c\u{1f980}";
+    let path = "/a%2Fb%20c%F0%9F%A6%80/events?start=earliest";
+    let data = json!({"text": "two\nlines, \u{2028}, \r and \"quotes\""});
+    let event = Event::new("x").with_run_id("r").with_data(data.clone()).with_metadata("k", "v");
+    let id = event.id().to_string();
+    bus.publish(topic, event).await.unwrap();
+    let pretty = pubsub_core::Payload::json("{\r\n  \"a\":\n 1\r}").unwrap();
+    bus.publish(topic, Event::new("pretty").with_payload(pretty)).await.unwrap();
+    // Two streams share what is written, one writes by itself: both ways, the same.
+    let mut streams = [server.follow(path, None).await, server.follow(path, None).await];
+    for stream in &mut streams {
+        let told = stream.next().await.unwrap().json();
+        assert_eq!((&told["id"], &told["data"], &told["runId"]), (&json!(id), &data, &json!("r")));
+        assert_eq!((&told["metadata"]["k"], &told["index"]), (&json!("v"), &json!(0)));
+        assert_eq!(stream.next().await.unwrap().json()["data"], json!({"a": 1}));
+    }
+}
+
+#[tokio::test]
+async fn a_gap_is_told_and_the_stream_goes_on() {
+    let bus = kept_in(InMemoryServerCache::builder().max_events(10).build().unwrap());
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let gap = |reason: &str, missed: u64| json!({"reason": reason, "missed": missed});
+    publish(&bus, "t", 0..5).await;
+    let mut stream = server.follow("/t/events?start=earliest", None).await;
+    stream.kinds(2).await;
+    publish(&bus, "t", 5..20).await;
+    let mut resumed = server.follow(PATH, stream.last.as_deref()).await;
+    let told = resumed.next().await.unwrap();
+    assert_eq!((told.name.as_str(), told.json()), ("gap", gap("trimmed", 8)));
+    assert_eq!(resumed.kinds(10).await, numbers(10..20));
+    for lost in ["elsewhere.0.7.0", "no cursor at all"] {
+        let mut lost = server.follow(PATH, Some(lost)).await;
+        assert_eq!(lost.next().await.unwrap().json(), json!({"reason": "otherBus"}));
+        assert_eq!(lost.kinds(10).await, numbers(10..20));
+    }
+}
+
+#[tokio::test]
+async fn where_nothing_is_retained_whoever_was_away_is_told() {
+    let bus = bare();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let mut stream = server.follow(PATH, None).await;
+    let id = stream.opened().await;
+    publish(&bus, "t", 0..2).await;
+    assert_eq!(stream.kinds(2).await, numbers(0..2));
+    assert_eq!(stream.last.as_deref(), Some(&*id));
+    let mut resumed = server.follow(PATH, Some(&id)).await;
+    assert_eq!(resumed.next().await.unwrap().json(), json!({"reason": "notRetained"}));
+    publish(&bus, "t", 2..3).await;
+    assert_eq!(resumed.kinds(1).await, ["2"]);
+    let mut of_another = server.follow(PATH, Some("b.g.1.0")).await;
+    assert_eq!(of_another.next().await.unwrap().name, "gap");
+}
+
+#[tokio::test]
+async fn a_cleared_topic_ends_its_streams() {
+    let bus = kept();
+    let server = Server::start(http(&bus).heartbeat(Duration::from_millis(50)).build().unwrap()).await;
+    publish(&bus, "t", 0..3).await;
+    let mut idle = server.follow("/t/events?start=earliest", None).await;
+    idle.kinds(3).await;
+    bus.clear_topic("t").await.unwrap();
+    // Nothing more happens on the topic, and still it is noticed.
+    let told = idle.next().await.unwrap();
+    assert_eq!((told.name.as_str(), told.json()), ("end", json!({"reason": "cleared"})));
+    assert_eq!(idle.next().await, None);
+
+    let patient = Server::start(http(&bus).build().unwrap()).await;
+    publish(&bus, "t", 3..5).await;
+    let mut busy = patient.follow("/t/events?start=earliest", None).await;
+    assert_eq!(busy.kinds(2).await, ["3", "4"]);
+    bus.clear_topic("t").await.unwrap();
+    publish(&bus, "t", 5..6).await;
+    assert_eq!(busy.next().await.unwrap().name, "end");
+    assert_eq!(busy.next().await, None);
+    let mut resumed = patient.follow(PATH, busy.last.as_deref()).await;
+    assert_eq!(resumed.next().await.unwrap().json(), json!({"reason": "otherGeneration"}));
+    assert_eq!(resumed.kinds(1).await, ["5"]);
+}
+
+#[tokio::test]
+async fn silence_is_told_from_absence() {
+    let bus = kept();
+    let server = Server::start(http(&bus).heartbeat(Duration::from_millis(20)).build().unwrap()).await;
+    publish(&bus, "t", 0..1).await;
+    let mut stream = server.follow("/t/events?start=earliest", None).await;
+    stream.kinds(1).await;
+    // A heartbeat is no event: an event has to come behind a few of them.
+    let publishing = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        publish(&bus, "t", 1..2).await;
+    };
+    let (kinds, ()) = futures::join!(stream.kinds(1), publishing);
+    assert_eq!(kinds, ["1"]);
+    assert!(stream.comments >= 2, "{} heartbeats", stream.comments);
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_its_time_and_with_its_bus_and_can_be_resumed() {
+    let bus = kept();
+    let server = Server::start(http(&bus).stream_lifetime(Duration::from_millis(100)).build().unwrap()).await;
+    publish(&bus, "t", 0..2).await;
+    let mut stream = server.follow("/t/events?start=earliest", None).await;
+    stream.kinds(2).await;
+    assert_eq!(stream.next().await, None, "without an event that says it is over for good");
+    let mut resumed = server.follow(PATH, stream.last.as_deref()).await;
+    publish(&bus, "t", 2..3).await;
+    assert_eq!(resumed.kinds(1).await, ["2"]);
+    bus.close(Duration::from_secs(1)).await.unwrap();
+    assert_eq!(resumed.next().await, None);
+    assert_eq!(server.get(PATH).await.status, 503);
+}
+
+#[tokio::test]
+async fn a_client_that_is_too_slow_is_told_what_it_lost_and_holds_nobody_up() {
+    let bus = bare();
+    let server = Server::start(http(&bus).prefetch(64).build().unwrap()).await;
+    let mut slow = server.follow(PATH, None).await;
+    slow.opened().await;
+    // More than the connection's buffers and the queue hold, while nobody reads.
+    let text = "x".repeat(64 << 10);
+    for number in 0..400_u32 {
+        let event = Event::new(number.to_string()).with_data(text.clone());
+        soon("publishing past a slow client", bus.publish("t", event)).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let (mut got, mut lost) = (0_u64, 0);
+    while got + lost < 400 {
+        let message = slow.next().await.unwrap();
+        match message.name.as_str() {
+            "gap" => lost += message.json()["missed"].as_u64().unwrap(),
+            _ => got += 1,
+        }
+    }
+    assert!(lost > 0 && got + lost == 400, "{got} and {lost}");
+}
+
+#[tokio::test]
+async fn with_a_history_a_slow_client_loses_nothing() {
+    let bus = kept();
+    let server = Server::start(http(&bus).prefetch(8).build().unwrap()).await;
+    let mut slow = server.follow(PATH, None).await;
+    slow.opened().await;
+    let text = "x".repeat(64 << 10);
+    for number in 0..400_u32 {
+        let event = Event::new(number.to_string()).with_data(text.clone());
+        soon("publishing past a slow client", bus.publish("t", event)).await.unwrap();
+    }
+    assert_eq!(slow.kinds(400).await, numbers(0..400));
+}
+
+#[tokio::test]
+async fn one_more_than_the_limit_is_refused_until_one_leaves() {
+    let bus = bare();
+    let server = Server::start(http(&bus).max_streams(2).build().unwrap()).await;
+    let (mut first, mut second) = (server.follow(PATH, None).await, server.follow(PATH, None).await);
+    first.opened().await;
+    second.opened().await;
+    let refused = server.get(PATH).await;
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    assert_eq!(refused.json()["detail"], "too many streams are open");
+    drop(first);
+    eventually("the place is free", async || followers(&bus, "t").await == 1).await;
+    server.follow(PATH, None).await.opened().await;
+    publish(&bus, "t", 0..1).await;
+    assert_eq!(second.kinds(1).await, ["0"]);
+}
+
+#[tokio::test]
+async fn stopping_the_server_ends_streams_and_leaves_nothing() {
+    let bus = bare();
+    let before = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let options = ServeOptions::new().grace(Duration::from_millis(50));
+    let server = Server::start_with(http(&bus).build().unwrap(), options).await;
+    let mut streams = Vec::new();
+    for _ in 0..10 {
+        let mut stream = server.follow(PATH, None).await;
+        stream.opened().await;
+        streams.push(stream);
+    }
+    assert_eq!(followers(&bus, "t").await, 10);
+    server.stop().await;
+    assert_eq!(followers(&bus, "t").await, 0);
+    let left = async || tokio::runtime::Handle::current().metrics().num_alive_tasks() <= before;
+    eventually("no task is left", left).await;
+}
