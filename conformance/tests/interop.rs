@@ -445,7 +445,7 @@ fn answer(job: &str) -> ExitCode {
 
 enum One {
     Ours(Ours),
-    Mastra(Peer),
+    Mastra(Box<Peer>),
 }
 
 impl One {
@@ -457,7 +457,7 @@ impl One {
         }
         let mut peer = bench.mastra().await?;
         peer.begin("answer", json!({"type": name})).await?; // it may have to wait for an election
-        Ok(Self::Mastra(peer))
+        Ok(Self::Mastra(Box::new(peer)))
     }
 
     fn id(&self) -> Option<u32> {

@@ -48,8 +48,8 @@ pub(crate) async fn told() {
         let subscriber = subscriber.with_writer(move || writer.clone()).finish();
         tracing::subscriber::with_default(subscriber, || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(work(&log))
-        })
+            runtime.block_on(work(&log));
+        });
     });
     logged.await.unwrap();
 }

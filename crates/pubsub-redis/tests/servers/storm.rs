@@ -74,9 +74,9 @@ fn handle(mut member: Subscription, handled: Handled) -> tokio::task::JoinHandle
             let again = kind.ends_with('7') && attempt == 1;
             handled.lock().entry(kind).or_default().push(attempt);
             if again {
-                drop(delivery.retry())
+                drop(delivery.retry());
             } else {
-                drop(delivery.done())
+                drop(delivery.done());
             };
         }
     })
