@@ -43,6 +43,7 @@ const UNHEARD_WORDS: Duration = Duration::from_secs(2);
 
 /// How often the connections to the nodes of a cluster are looked at.
 const LOOK_AT_NODES: Duration = Duration::from_millis(100);
+
 /// How long an error is taken for a lost connection, if the client library has one all the same.
 const STILL_THERE: Duration = Duration::from_millis(100);
 

@@ -1,5 +1,6 @@
 //! `2026-01-02T03:04:05.006Z`, written and read by hand: every event that leaves its process bears one, and a library that knows all of
-//! RFC 3339 takes longer for it than for the rest of the event. Whatever looks different is left to that library.
+//! RFC 3339 takes longer for it than for the rest of the event. Whatever looks different is left to that library. Days and dates are
+//! converted as Howard Hinnant's `days_from_civil` and `civil_from_days` do (<https://howardhinnant.github.io/date_algorithms.html>).
 
 /// How long the usual form is.
 pub(crate) const LENGTH: usize = 24;
