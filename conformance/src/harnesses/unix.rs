@@ -13,13 +13,21 @@ use parking_lot::Mutex;
 use pubsub_core::{
     Capabilities, Deduplication, Durability, Error, ErrorKind, EventId, Groups, PubSub, Reach, Result, Retention,
 };
-use pubsub_unix::UnixSocketPubSub;
+use pubsub_unix::{UnixBuilder, UnixSocketPubSub};
 
 use super::process;
 use crate::{Fault, Faults, Harness, Job, Process, Processes, Timing};
 
 /// How long to wait before trying again to end the rule of brokers.
 const TRY: Duration = Duration::from_millis(50);
+
+/// The bound on payloads: properties about it are about any bound, and an unoptimised build takes its time for the usual one.
+pub(super) const MAX_PAYLOAD: usize = 1 << 20;
+
+/// How instances are configured.
+pub(super) fn builder(socket: &Path) -> UnixBuilder {
+    UnixSocketPubSub::builder(socket).max_payload(MAX_PAYLOAD)
+}
 
 /// The bus at a socket in a directory of its own: `unix`.
 pub struct UnixHarness {
@@ -113,7 +121,7 @@ impl Harness for UnixHarness {
         declared.deduplication = Deduplication::Window { events: Some(10_000), age: None };
         declared.indexed = true;
         declared.publish_waits = false;
-        declared.max_payload = Some(16 << 20);
+        declared.max_payload = Some(MAX_PAYLOAD);
         declared.leases = Some(Reach::Host);
         declared
     }
@@ -123,7 +131,7 @@ impl Harness for UnixHarness {
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
-        Ok(Arc::new(UnixSocketPubSub::connect(self.socket()).await?))
+        Ok(Arc::new(builder(&self.socket()).connect().await?))
     }
 
     fn timing(&self) -> Timing {
@@ -182,5 +190,5 @@ impl Processes for UnixHarness {
 
 /// An instance in another process, by its socket.
 pub(super) async fn connect(place: &str) -> Result<Arc<dyn PubSub>> {
-    Ok(Arc::new(UnixSocketPubSub::connect(Path::new(place)).await?))
+    Ok(Arc::new(builder(Path::new(place)).connect().await?))
 }

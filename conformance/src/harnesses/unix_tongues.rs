@@ -17,7 +17,7 @@ use pubsub_core::{
 use pubsub_unix::UnixSocketPubSub;
 
 use super::mastra;
-use super::unix::{UnixHarness, failed};
+use super::unix::{MAX_PAYLOAD, UnixHarness, builder, failed};
 use crate::{Harness, Timing};
 
 /// Who speaks the tongue of TypeScript peers.
@@ -73,7 +73,7 @@ impl Harness for TonguesHarness {
         declared.attempts = Attempts::Instance;
         declared.loss_notice = LossNotice::Silent;
         declared.publish_waits = false;
-        declared.max_payload = Some(16 << 20);
+        declared.max_payload = Some(MAX_PAYLOAD);
         declared.keeps_identity = false;
         declared.deduplication = Deduplication::Retained { events: Some(10_000), age: None };
         declared
@@ -112,7 +112,7 @@ impl Harness for TonguesHarness {
                 served.flatten().map_err(failed)?;
             }
             // Where Mastra is the broker this is one more client.
-            UnixSocketPubSub::connect(&socket).await
+            builder(&socket).connect().await
         });
         broker.await?;
         let speaks_lines = match self.tongues {
@@ -120,7 +120,7 @@ impl Harness for TonguesHarness {
             Tongues::Lines => true,
             Tongues::Mixed => self.made.fetch_add(1, Ordering::Relaxed).is_multiple_of(2),
         };
-        let builder = UnixSocketPubSub::builder(&socket);
+        let builder = builder(&socket);
         let instance = if speaks_lines { builder.lines_only().connect().await? } else { builder.connect().await? };
         if self.tongues != Tongues::Mixed {
             return Ok(Arc::new(instance));

@@ -118,10 +118,9 @@ impl Subscription {
         self.options.ack_mode.unwrap_or(AckMode::Manual)
     }
 
-    /// The next delivery that passes the filter, settled as `mode` says whatever [`ack_mode`](SubscribeOptions::ack_mode) is; for
-    /// decorators that read one subscription to feed another. Everybody else reads the stream.
+    /// The next delivery that passes the filter, settled as `mode` says whatever [`ack_mode`](SubscribeOptions::ack_mode) is.
     #[inline]
-    pub fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
+    pub(crate) fn poll_delivery(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>> {
         if self.ended {
             return Poll::Ready(None);
         }

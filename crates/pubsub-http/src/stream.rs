@@ -11,15 +11,14 @@ use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue};
 use http_body::Frame;
 use pubsub_core::{
-    AckMode, Bus, Capability, Cursor, Delivery, Error, ErrorKind, Gap, Overflow, Result, Start, SubscribeOptions, Subscription,
-    Topic,
+    Bus, Capability, Cursor, Delivery, Error, ErrorKind, Gap, Overflow, Result, Start, SubscribeOptions, Subscription, Topic,
 };
 use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
@@ -259,7 +258,7 @@ impl Events {
     /// Takes what there is, up to a frame.
     fn fill(&mut self, cx: &mut Context<'_>) {
         while !self.ended && self.out.len() < FRAME {
-            match self.subscription.poll_delivery(cx, AckMode::Auto) {
+            match self.subscription.poll_next_unpin(cx) {
                 Poll::Pending => return,
                 Poll::Ready(Some(Ok(delivery))) => {
                     if self.take(&delivery).is_break() {

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
-use futures::StreamExt;
 use pubsub_core::machinery::DeliveryQueue;
 use pubsub_core::{
     AckMode, Control, Delivery, Result, Source, SubscribeOptions, Subscription, SubscriptionHandle, SubscriptionStatus, Topic,
@@ -75,7 +74,7 @@ impl Attachment {
     }
 
     pub(crate) fn source(self: &Arc<Self>, inner: Subscription) -> UnixSource {
-        UnixSource { inner, attachment: self.clone() }
+        UnixSource { inner: inner.into_source(), attachment: self.clone() }
     }
 
     /// Ends it: nothing more is handed over, and what was taken is given back.
@@ -155,7 +154,7 @@ impl fmt::Debug for Attachment {
 
 /// The consumer's end.
 pub(crate) struct UnixSource {
-    inner: Subscription,
+    inner: Box<dyn Source>,
     attachment: Arc<Attachment>,
 }
 
@@ -166,7 +165,7 @@ impl Source for UnixSource {
                 if member.is_full(cx, mode) {
                     return Poll::Pending;
                 }
-                return match self.inner.poll_next_unpin(cx) {
+                return match self.inner.poll_next(cx, AckMode::Manual) {
                     Poll::Ready(Some(Ok(local))) => Poll::Ready(Some(Ok(member.hand_over_local(local, mode)))),
                     Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
                     Poll::Ready(None) | Poll::Pending => member.poll_next(cx, mode),
@@ -174,7 +173,7 @@ impl Source for UnixSource {
             }
             Side::Reader(reader) => reader,
         };
-        let next = self.inner.poll_delivery(cx, mode);
+        let next = self.inner.poll_next(cx, mode);
         reader.read_on(); // there may be room now
         let Some(delivery) = ready!(next).transpose()? else { return Poll::Ready(None) };
         let at = delivery.cursor().filter(|_| delivery.attempt() == 1);

@@ -47,10 +47,13 @@ fn failed(error: io::Error) -> Error {
     Error::new(ErrorKind::Backend("the server of the harness".into())).caused_by(error)
 }
 
+/// The bound on payloads: properties about it are about any bound, and an unoptimised build takes its time for the usual one.
+const MAX_PAYLOAD: usize = 1 << 20;
+
 /// How instances are configured.
 fn builder(url: &str, prefix: &str) -> Result<RedisBuilder> {
     let builder = RedisStreamsPubSub::from_url(url)?.prefix(prefix).reclaim_after(RECLAIM).linger(Duration::from_millis(50));
-    Ok(builder.command_timeout(Duration::from_secs(4)).publish_timeout(Duration::from_secs(6)))
+    Ok(builder.command_timeout(Duration::from_secs(4)).publish_timeout(Duration::from_secs(6)).max_payload(MAX_PAYLOAD))
 }
 
 /// An instance in another process, by the URL and the prefix of its bus.
@@ -111,7 +114,7 @@ impl Harness for RedisHarness {
         declared.groups = Groups::Durable;
         declared.loss_notice = LossNotice::Counted;
         declared.publish_waits = false;
-        declared.max_payload = Some(4 << 20);
+        declared.max_payload = Some(MAX_PAYLOAD);
         declared.leases = Some(Reach::Network);
         declared
     }
