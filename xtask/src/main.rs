@@ -70,7 +70,7 @@ fn test() -> Outcome {
     interop::prepare()?;
     // The examples' tests run the built programs, which `cargo test --all-targets` builds only as tests.
     step::run("build examples", &mut cargo(["build", "--workspace", "--examples"]))?;
-    step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets"]))?;
+    step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets", "--no-fail-fast"]))?;
     step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
 }
 
