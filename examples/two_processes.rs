@@ -17,7 +17,7 @@ async fn main() -> Result<()> {
     // How many orders to place, for those who want it to end.
     let count = std::env::args().nth(2).and_then(|count| count.parse().ok()).unwrap_or(u64::MAX);
     let bus = connect(&url).await?;
-    let mut orders = bus.subscribe_group("orders", "billing").await?;
+    let mut orders = bus.subscribe_group("shared.orders", "billing").await?;
     let handle = orders.handle();
     let publishing = async {
         place(&bus, count).await?;
@@ -36,7 +36,7 @@ async fn place(bus: &Bus, count: u64) -> Result<()> {
         let order = format!("{}-{number}", std::process::id());
         let event = Event::new("order.placed").with_data(order);
         let event = Arc::new(event);
-        while let Err(error) = bus.publish("orders", event.clone()).await {
+        while let Err(error) = bus.publish("shared.orders", event.clone()).await {
             if !error.error().is_retryable() {
                 return Err(error.into());
             }
