@@ -264,6 +264,11 @@ impl Lane {
             Call { stream: stream.clone(), number: *next, events: Vec::new(), parts: Vec::new(), sent: Instant::now() };
         let mut bytes = 0;
         while let Some((job, events)) = self.waiting.front_mut() {
+            // Nothing is claimed that this call has no room for.
+            let first = events.front().map_or(0, Bytes::len);
+            if call.events.len() == EVENTS_TOGETHER || (bytes > 0 && bytes + first > BYTES_TOGETHER) {
+                break;
+            }
             let Some(of_job) = open.get_mut(job).filter(|job| job.sent > 0 || !job.claimed.swap(true, Ordering::AcqRel)) else {
                 self.events -= events.len();
                 open.remove(job);
@@ -444,8 +449,15 @@ impl Task {
             (self.id, self.stale) = (id, false);
         }
         self.doubtful.sort_by_key(|(call, _)| call.number);
-        for (call, fault) in std::mem::take(&mut self.doubtful) {
-            let outcome = if fault.is("NOSCRIPT") { self.add_again(&call).await } else { self.add_missing(&call).await };
+        let mut doubtful = VecDeque::from(std::mem::take(&mut self.doubtful));
+        while let Some((call, fault)) = doubtful.pop_front() {
+            let outcome = if !fault.is("NOSCRIPT") {
+                self.add_missing(&call).await
+            } else if doubtful.iter().any(|(later, fault)| later.stream == call.stream && !fault.is("NOSCRIPT")) {
+                Err(out_of_order()) // what was sent behind it may have been added
+            } else {
+                self.add_again(&call).await
+            };
             self.settle(call, outcome);
         }
     }
@@ -454,7 +466,7 @@ impl Task {
     async fn add_again(&mut self, call: &Call) -> Outcome {
         if self.lanes.get(&call.stream).is_some_and(|lane| lane.added > call.number) {
             // What was sent behind it was added: another instance has made the script known in between.
-            return Err(Fault::Refused("TRYAGAIN the server forgot a script, and the order would be lost".into()));
+            return Err(out_of_order());
         }
         match self.shared.add(call, true).await {
             Err(fault) if fault.is_unknown() => self.add_missing(call).await,
@@ -469,7 +481,8 @@ impl Task {
             let fault = match self.try_add_missing(call).await {
                 Ok(ids) => return Ok(ids),
                 // Said of this attempt: what became of the first is as unknown as before.
-                Err(fault) => Fault::Unknown(fault.to_string()),
+                Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
+                Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
             };
             let next = Instant::now() + pause.next();
             if next >= until {
@@ -535,6 +548,11 @@ impl Task {
     }
 }
 
+/// Why what was refused is not added any more.
+fn out_of_order() -> Fault {
+    Fault::Refused("TRYAGAIN the server forgot a script, and the order would be lost".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -577,6 +595,13 @@ mod tests {
         assert_eq!((calls(&mut one, &mut open), one.events), (expected.to_vec(), 0));
         let (mut large, mut open) = lane(&[&[BYTES_TOGETHER + 1, 1]]);
         assert_eq!(calls(&mut large, &mut open), [(100, 1, vec![(0, 0, 1)]), (101, 1, vec![(0, 1, 1)])], "one is always taken");
+        // What does not fit any more is neither claimed nor forgotten.
+        let (mut full, mut open) = lane(&[&[1; EVENTS_TOGETHER], &[1]]);
+        let second = 100 + EVENTS_TOGETHER as u64;
+        let expected = [(100, EVENTS_TOGETHER, vec![(0, 0, EVENTS_TOGETHER)]), (second, 1, vec![(1, 0, 1)])];
+        assert_eq!(calls(&mut full, &mut open), expected);
+        let (mut heavy, mut open) = lane(&[&[BYTES_TOGETHER - 1], &[BYTES_TOGETHER - 1]]);
+        assert_eq!(calls(&mut heavy, &mut open), [(100, 1, vec![(0, 0, 1)]), (101, 1, vec![(1, 0, 1)])]);
     }
 
     #[test]

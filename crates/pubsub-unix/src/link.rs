@@ -40,6 +40,9 @@ const INSISTENCE: Duration = Duration::from_millis(20);
 /// How many settlements are said together at most.
 const SETTLED_TOGETHER: usize = 500;
 
+/// How many bytes of dead letters are said together at most, but for one that is larger: a frame has its bound.
+const LETTERS_TOGETHER: u64 = 1 << 20;
+
 /// How many calls may be unanswered before publishers wait.
 const MAX_UNANSWERED: usize = 4096;
 
@@ -84,6 +87,8 @@ struct Batch {
     generation: u64,
     settled: Vec<Settling>,
     tell: Vec<oneshot::Sender<Settled>>,
+    /// Of the dead letters in it.
+    bytes: u64,
 }
 
 /// Who waits for a reply.
@@ -141,7 +146,7 @@ impl State {
     }
 
     fn say_batch(&mut self) {
-        if let Some(Batch { seat, generation, settled, tell }) = self.batch.take() {
+        if let Some(Batch { seat, generation, settled, tell, bytes: _ }) = self.batch.take() {
             let frame = self.session.call(Request::Settle { seat, generation, settled }, Kept::Settle(tell));
             self.say(&frame);
         }
@@ -319,19 +324,24 @@ impl Link {
     pub(crate) fn settle(&self, seat: &Seat, place: Place, attempt: u32, what: What) -> Receipt {
         let (tell, receipt) = Receipt::pending();
         let Place { generation, offset } = place;
+        let letter = if let What::Bury(Some((_, letter))) = &what { letter.len() } else { 0 };
         let is_first = {
             let mut state = self.state.lock();
             if state.closed {
                 return receipt; // unconfirmed
             }
             let others = |batch: &Batch| {
-                batch.seat.member != seat.member || batch.generation != generation || batch.settled.len() >= SETTLED_TOGETHER
+                batch.seat.member != seat.member
+                    || batch.generation != generation
+                    || batch.settled.len() >= SETTLED_TOGETHER
+                    || (letter > 0 && batch.bytes + letter > LETTERS_TOGETHER)
             };
             if state.batch.as_ref().is_some_and(others) {
                 state.say_batch();
             }
-            let empty = || Batch { seat: seat.clone(), generation, settled: Vec::new(), tell: Vec::new() };
+            let empty = || Batch { seat: seat.clone(), generation, settled: Vec::new(), tell: Vec::new(), bytes: 0 };
             let batch = state.batch.get_or_insert_with(empty);
+            batch.bytes += letter;
             batch.settled.push(Settling { offset, attempt, what });
             batch.tell.push(tell);
             batch.tell.len() == 1
