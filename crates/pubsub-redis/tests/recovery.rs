@@ -259,6 +259,15 @@ async fn no_permission(server: Arc<Server>) {
     let bus = Bus::from(builder(&format!("redis://reader:secret@{}", server.address)).connect().await.unwrap());
     let refused = timeout(Duration::from_secs(1), bus.publish("t", Event::new("x"))).await.expect("at once").unwrap_err();
     assert_eq!((refused.kind(), refused.fates()), (&ErrorKind::Denied, &[Fate::NotSent][..]), "{refused:?}");
+    // What may be added and not be looked after is not added either.
+    for right in ["-pexpire", "-xtrim"] {
+        server.ask(&["ACL", "SETUSER", "keeper", "reset", "on", ">secret", "~*", "&*", "+@all", right]).unwrap();
+        let aged = builder(&format!("redis://keeper:secret@{}", server.address)).max_age(Some(Duration::from_secs(60)));
+        let bus = Bus::from(aged.connect().await.unwrap());
+        let refused = timeout(Duration::from_secs(1), bus.publish("t", Event::new("x"))).await.expect("at once").unwrap_err();
+        assert_eq!((refused.kind(), refused.fates()), (&ErrorKind::Denied, &[Fate::NotSent][..]), "{right}: {refused:?}");
+        assert!(matches!(server.ask(&["EXISTS", "mastra:topic:t"]).unwrap(), Answer::Number(0)), "{right}");
+    }
     server.ask(&["ACL", "SETUSER", "writer", "on", ">secret", "~*", "&*", "+@all", "-xread"]).unwrap();
     let bus = Bus::from(builder(&format!("redis://writer:secret@{}", server.address)).connect().await.unwrap());
     let mut listener = bus.subscribe("t").await.unwrap();
