@@ -211,6 +211,8 @@ impl Desk {
             let mut state = self.state.lock();
             let number = state.next_member;
             state.next_member += 1;
+            // Nobody read for the group meanwhile, however short that was: what was trimmed in between is to be told.
+            state.behind |= state.members.values().all(|member| member.left);
             state.members.insert(number, Member { options: Arc::new(options), held: 0, waker: None, left: false });
             let sweep = Instant::now() + self.sweep_interval();
             state.sweep_at.get_or_insert(sweep);
