@@ -25,6 +25,9 @@ fn main() -> ExitCode {
     if harnesses::redis::is_other_process() {
         return harnesses::redis::other_process();
     }
+    if harnesses::gcp::is_other_process() {
+        return harnesses::gcp::other_process();
+    }
     if harnesses::is_other_unix_process() {
         return harnesses::other_unix_process();
     }

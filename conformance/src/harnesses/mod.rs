@@ -2,7 +2,9 @@
 
 mod cached;
 mod emitter;
+pub mod gcp;
 mod memory_store;
+mod proxy;
 pub mod redis;
 mod slow_remote;
 mod unix;
@@ -11,6 +13,7 @@ use std::sync::Arc;
 
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
+pub use gcp::GcpHarness;
 pub use memory_store::MemoryStoreHarness;
 pub use redis::RedisHarness;
 pub use slow_remote::SlowRemoteHarness;
@@ -24,12 +27,13 @@ const SEED: u64 = 0x510;
 
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    let backends: [Arc<dyn Harness>; 5] = [
+    let backends: [Arc<dyn Harness>; 6] = [
         Arc::new(EmitterHarness::plain()),
         Arc::new(EmitterHarness::strict()),
         Arc::new(SlowRemoteHarness::new(SEED)),
         Arc::new(UnixHarness::new()),
         Arc::new(RedisHarness::default()),
+        Arc::new(GcpHarness::default()),
     ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     backends.into_iter().chain(cached).collect()

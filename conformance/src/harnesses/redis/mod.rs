@@ -1,7 +1,6 @@
 //! The bus over Redis Streams as a harness, on a real server: `redis`.
 
 mod process;
-mod proxy;
 mod server;
 
 use std::collections::BTreeMap;
@@ -17,8 +16,8 @@ use pubsub_core::{
 use pubsub_redis::{RedisBuilder, RedisStreamsPubSub};
 
 pub use self::process::{is_other_process, other_process};
-use self::proxy::Proxy;
 use self::server::{Answer, Server};
+use crate::harnesses::proxy::Proxy;
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
 
 /// After how long what a silent member held goes to others.
