@@ -60,6 +60,7 @@ pub struct GcpBuilder {
     pub(crate) max_payload: usize,
     pub(crate) publish_timeout: Duration,
     pub(crate) command_timeout: Duration,
+    pub(crate) keep_alive: Duration,
     pub(crate) batch_events: usize,
     pub(crate) batch_bytes: usize,
     pub(crate) batch_delay: Duration,
@@ -86,13 +87,14 @@ impl GcpBuilder {
             shared_topics: list(&["workflow.events.v2", "workflow.events.v1"]),
             plain_groups: list(&["background-tasks", "background-tasks-result", "workflows-finish"]),
             ordering: true,
-            exactly_once: true,
+            exactly_once: false,
             ack_deadline: Duration::from_secs(60),
             streams: 1,
             linger: Duration::from_secs(1),
             max_payload: 9_000_000,
             publish_timeout: Duration::from_secs(10),
             command_timeout: Duration::from_secs(10),
+            keep_alive: Duration::from_secs(30),
             batch_events: LARGEST_BATCH,
             batch_bytes: 1 << 20,
             batch_delay: Duration::ZERO,
@@ -163,8 +165,9 @@ impl GcpBuilder {
         self
     }
 
-    /// Whether groups are made with exactly-once delivery (true): what was acknowledged does not come again, and who has lost a
-    /// delivery is told. It takes the service longer.
+    /// Whether groups are made with exactly-once delivery, as on the TypeScript side (false): what was acknowledged does not come again,
+    /// and who has lost a delivery is told. It takes the service longer, and with [`ordering`](Self::ordering) it takes
+    /// acknowledgements of a run in their order only: what is done before an earlier event of its run is confirmed after that.
     #[must_use]
     pub fn exactly_once(mut self, exactly_once: bool) -> Self {
         self.exactly_once = exactly_once;
@@ -212,6 +215,13 @@ impl GcpBuilder {
     #[must_use]
     pub fn command_timeout(mut self, timeout: Duration) -> Self {
         self.command_timeout = timeout;
+        self
+    }
+
+    /// How often a connection is asked whether it is alive (30 s). One that does not answer within 10 s is made again.
+    #[must_use]
+    pub fn keep_alive(mut self, interval: Duration) -> Self {
+        self.keep_alive = interval;
         self
     }
 
@@ -330,7 +340,7 @@ impl GcpBuilder {
             self.identity = Identity::Anonymous;
         }
         let credentials = self.identity.credentials()?;
-        let address = Address { url, credentials, project: self.project.clone() };
+        let address = Address { url, credentials, project: self.project.clone(), keep_alive: self.keep_alive };
         Node::connect(address, self).await.map(GoogleCloudPubSub::on)
     }
 
@@ -386,6 +396,7 @@ impl GcpBuilder {
             ("linger", Some(self.linger), millisecond, self.ack_deadline / 3),
             ("publish_timeout", Some(self.publish_timeout), millisecond, TEN_YEARS),
             ("command_timeout", Some(self.command_timeout), 10 * millisecond, TEN_YEARS),
+            ("keep_alive", Some(self.keep_alive), 1000 * millisecond, Duration::from_secs(3600)),
             ("batch_delay", Some(self.batch_delay), zero, Duration::from_secs(60)),
             ("private_ttl", Some(self.private_ttl), SHORTEST_TTL, TEN_YEARS),
             ("private_retention", Some(self.private_retention), SHORTEST_RETENTION, LONGEST_RETENTION),
@@ -478,6 +489,7 @@ mod tests {
             (builder().linger(21 * second), "linger"),
             (builder().publish_timeout(Duration::ZERO), "publish_timeout"),
             (builder().command_timeout(Duration::MAX), "command_timeout"),
+            (builder().keep_alive(Duration::ZERO), "keep_alive"),
             (builder().batch_delay(61 * second), "batch_delay"),
             (builder().private_ttl(second), "private_ttl"),
             (builder().private_retention(second), "private_retention"),

@@ -109,6 +109,18 @@ impl Channel {
         aftermath.finish();
     }
 
+    /// The hubs that get what is published from now on.
+    pub(crate) fn open_hubs(&self) -> Vec<Arc<Hub>> {
+        let state = self.state.lock();
+        let mut hubs: Vec<Arc<Hub>> = Vec::new();
+        for (_, hub) in &state.listeners {
+            if hub.is_open() && !hubs.iter().any(|known| Arc::ptr_eq(known, hub)) {
+                hubs.push(hub.clone());
+            }
+        }
+        hubs
+    }
+
     /// Who listens at a hub.
     pub(crate) fn listeners_of(&self, hub: &Hub) -> Vec<Arc<Listener>> {
         let state = self.state.lock();

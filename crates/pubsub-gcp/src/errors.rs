@@ -46,6 +46,11 @@ impl Fault {
         self.code == Code::NotFound
     }
 
+    /// Whether the server has no such call, as the emulator in places.
+    pub(crate) fn is_unimplemented(&self) -> bool {
+        self.code == Code::Unimplemented
+    }
+
     pub(crate) fn is_taken(&self) -> bool {
         self.code == Code::AlreadyExists
     }

@@ -265,7 +265,8 @@ impl PubSub for GoogleCloudPubSub {
             return self.publish_locally(topic, events, &options).await;
         }
         let services = &self.0.services;
-        let (route, google) = match self.0.channel(topic) {
+        let channel = self.0.channel(topic);
+        let (route, google) = match &channel {
             Some(channel) => (channel.route.clone(), channel.google.clone()),
             None => {
                 let route = services.names.route(topic);
@@ -273,6 +274,8 @@ impl PubSub for GoogleCloudPubSub {
                 (route, google)
             }
         };
+        // Those that are there before certainly get it.
+        let hubs = channel.map(|channel| channel.open_hubs()).unwrap_or_default();
         let encode = |event: &Arc<Event>| {
             event.check_size(services.options.max_payload).map_err(|error| error.on(event.id()))?;
             message::encode(event, &route, services.options.ordering)
@@ -282,9 +285,10 @@ impl PubSub for GoogleCloudPubSub {
             return Ok(Positions::none());
         }
         let wait = options.timeout.unwrap_or(services.options.publish_timeout);
-        match services.publisher.publish(&google, messages, wait).await {
-            Ok(()) => {
+        match services.publisher.publish(&google, messages, wait, !hubs.is_empty()).await {
+            Ok(ids) => {
                 services.well();
+                hubs.iter().for_each(|hub| hub.expect(&ids));
                 Ok(Positions::none())
             }
             Err(Failed { fault, fates }) => {
@@ -317,14 +321,7 @@ impl PubSub for GoogleCloudPubSub {
     async fn clear_topic(&self, topic: &Topic) -> Result<()> {
         self.check_open("clear_topic", topic)?;
         for (_, name) in self.groups_of("clear_topic", topic).await? {
-            let services = &self.0.services;
-            let seek = || async {
-                match services.link.seek(&name, timestamp(SystemTime::now())).await {
-                    Err(fault) if !fault.is_not_found() => Err(fault),
-                    _ => Ok(()), // it was deleted meanwhile
-                }
-            };
-            self.ask("clear_topic", topic, seek).await?;
+            self.ask("clear_topic", topic, || self.forget_backlog(&name)).await?;
         }
         Ok(())
     }
@@ -383,6 +380,23 @@ impl PubSub for GoogleCloudPubSub {
 }
 
 impl GoogleCloudPubSub {
+    /// Makes a subscription forget what it has not delivered.
+    async fn forget_backlog(&self, name: &str) -> Result<(), Fault> {
+        let link = &self.0.services.link;
+        match link.seek(name, timestamp(SystemTime::now())).await {
+            // The emulator cannot where messages are ordered: what is there is taken instead.
+            Err(fault) if fault.is_unimplemented() => loop {
+                let taken = link.pull_now(name).await?;
+                if taken.is_empty() {
+                    return Ok(());
+                }
+                link.acknowledge(name, taken.into_iter().map(|message| message.ack_id).collect()).await?;
+            },
+            Err(fault) if !fault.is_not_found() => Err(fault),
+            _ => Ok(()), // it was deleted meanwhile
+        }
+    }
+
     /// The groups of a topic on the service, and their subscriptions.
     async fn groups_of(&self, operation: &'static str, topic: &Topic) -> Result<Vec<(Group, String)>> {
         let services = &self.0.services;

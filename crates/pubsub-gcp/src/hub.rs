@@ -15,7 +15,7 @@ use gcloud_sdk::google::pubsub::v1::{ReceivedMessage, Subscription};
 use gcloud_sdk::prost_types;
 use parking_lot::Mutex;
 use pubsub_core::{Error, Result, dead_letter};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, timeout_at};
 
@@ -45,6 +45,9 @@ pub(crate) struct Hub {
     name: Arc<str>,
     bell: Bell,
     seen: Mutex<Remembered>,
+    /// What this instance has published and not got yet: a drain waits for it.
+    expected: Mutex<HashSet<String>>,
+    caught_up: Notify,
     /// Whether it is on the service, or why not.
     door: watch::Sender<Option<std::result::Result<(), Fault>>>,
     ended: AtomicBool,
@@ -109,6 +112,8 @@ impl Hub {
             name,
             bell: Bell::new(),
             seen: Mutex::default(),
+            expected: Mutex::default(),
+            caught_up: Notify::new(),
             door: watch::Sender::new(None),
             ended: AtomicBool::new(false),
             gone: watch::Sender::new(false),
@@ -159,6 +164,38 @@ impl Hub {
         outcome.unwrap_or(Ok(())).map_err(Error::from)
     }
 
+    /// Whether what is published from now on is certain to come.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.has_ended() && matches!(*self.door.borrow(), Some(Ok(())))
+    }
+
+    /// This instance has published something that is to come.
+    pub(crate) fn expect(&self, ids: &[String]) {
+        let seen = self.seen.lock();
+        let mut expected = self.expected.lock();
+        // Beyond the bound a drain does not wait for it.
+        let room = REMEMBERED.saturating_sub(expected.len());
+        expected.extend(ids.iter().filter(|id| !seen.knows(id)).take(room).cloned());
+    }
+
+    fn forget_expected(&self) {
+        self.expected.lock().clear();
+        self.caught_up.notify_waiters();
+    }
+
+    /// Waits until what this instance had published before has come.
+    pub(crate) async fn caught_up(&self) {
+        loop {
+            let changed = self.caught_up.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            if self.has_ended() || self.expected.lock().is_empty() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     pub(crate) fn ring(&self) {
         self.bell.ring();
     }
@@ -172,6 +209,7 @@ impl Hub {
         if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
+        self.forget_expected();
         self.bell.ring();
         let hub = self.clone();
         let deleting = self.services.timer.runtime().spawn(async move {
@@ -244,10 +282,16 @@ impl Feed for Hub {
 
     fn take(&self, received: Vec<ReceivedMessage>) {
         let (mut acked, mut events) = (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
+        let mut came = false;
         for arrival in received.into_iter().map(Arrival::read) {
             let Arrival { ack_id, message_id, published, topic, content } = arrival;
             acked.push(ack_id);
-            if !self.seen.lock().insert(&message_id) {
+            let (new, awaited) = {
+                let mut seen = self.seen.lock();
+                (seen.insert(&message_id), self.expected.lock().remove(&message_id))
+            };
+            came |= awaited;
+            if !new {
                 continue;
             }
             match content {
@@ -264,6 +308,9 @@ impl Feed for Hub {
             self.services.settle(&self.name, std::mem::replace(&mut acked, rest), What::Ack);
         }
         self.channel.dispatch(self, &events);
+        if came && self.expected.lock().is_empty() {
+            self.caught_up.notify_waiters();
+        }
     }
 
     fn give_back(&self, received: Vec<ReceivedMessage>) {
@@ -272,12 +319,13 @@ impl Feed for Hub {
 
     fn mend(self: Arc<Self>, fault: Fault, lost: bool) -> BoxFuture<'static, std::result::Result<(), Fault>> {
         async move {
-            self.services.ill(&fault);
-            if fault.is_temporary() {
-                return Ok(());
-            }
+            let fault = match self.services.probe(&self.name, fault).await {
+                Ok(()) => return Ok(()),
+                Err(fault) => fault,
+            };
             if fault.is_not_found() && lost && self.services.options.restores() {
                 tracing::warn!(subscription = %self.name, "a subscription was gone and is made anew");
+                self.forget_expected(); // it is lost
                 return self.services.provision.ensure(&self.spec).await;
             }
             Err(fault)

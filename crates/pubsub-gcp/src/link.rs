@@ -10,7 +10,7 @@ use gcloud_sdk::google::pubsub::v1::publisher_client::PublisherClient;
 use gcloud_sdk::google::pubsub::v1::subscriber_client::SubscriberClient;
 use gcloud_sdk::google::pubsub::v1::{
     AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest,
-    ListTopicSubscriptionsRequest, ModifyAckDeadlineRequest, PublishRequest, PubsubMessage, SeekRequest, StreamingPullRequest,
+    ListTopicSubscriptionsRequest, ModifyAckDeadlineRequest, PublishRequest, PubsubMessage, PullRequest, ReceivedMessage, SeekRequest, StreamingPullRequest,
     StreamingPullResponse, Subscription, Topic, seek_request,
 };
 use gcloud_sdk::google_cloud_auth::credentials::Credentials;
@@ -34,8 +34,7 @@ const LARGEST_ANSWER: usize = 32 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// How often a connection is asked whether it is alive, and how long it has to answer.
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// How long a connection has to answer when it is asked whether it is alive.
 const ALIVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// How many subscriptions are listed at a time.
@@ -46,6 +45,8 @@ pub(crate) struct Address {
     pub(crate) url: String,
     pub(crate) credentials: Credentials,
     pub(crate) project: String,
+    /// How often a connection is asked whether it is alive.
+    pub(crate) keep_alive: Duration,
 }
 
 /// One instance's connections.
@@ -64,13 +65,13 @@ pub(crate) struct Line {
     _place: Arc<()>,
 }
 
-fn endpoint(url: &str, patience: Duration) -> Result<Endpoint, Fault> {
+fn endpoint(Address { url, keep_alive, .. }: &Address, patience: Duration) -> Result<Endpoint, Fault> {
     let bad = |error: gcloud_sdk::tonic::transport::Error| Fault::new(Code::InvalidArgument, error.to_string());
-    let endpoint = Endpoint::from_shared(url.to_owned())
+    let endpoint = Endpoint::from_shared(url.clone())
         .map_err(bad)?
         .connect_timeout(patience)
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEP_ALIVE)
+        .http2_keep_alive_interval(*keep_alive)
         .keep_alive_timeout(ALIVE_WITHIN)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
@@ -85,7 +86,7 @@ impl Link {
     /// Connects once, to see that it can be done; later connections are made as they are needed.
     pub(crate) async fn open(address: Address, patience: Duration) -> Result<Self, Fault> {
         let unreachable = |error| Fault::new(Code::Unavailable, format!("{}: {error}", address.url));
-        let channel = endpoint(&address.url, patience)?.connect().await.map_err(unreachable)?;
+        let channel = endpoint(&address, patience)?.connect().await.map_err(unreachable)?;
         let service = Self::service(&address, channel)?;
         let publisher = PublisherClient::new(service.clone()).max_decoding_message_size(LARGEST_ANSWER);
         let subscriber = SubscriberClient::new(service).max_decoding_message_size(LARGEST_ANSWER);
@@ -169,6 +170,14 @@ impl Link {
         self.call(client.seek(SeekRequest { subscription: name.to_owned(), target })).await.map(drop)
     }
 
+    /// Takes some of what is there at once.
+    pub(crate) async fn pull_now(&self, name: &str) -> Result<Vec<ReceivedMessage>, Fault> {
+        #[expect(deprecated)] // said of waiting for messages; here nothing is waited for
+        let request = PullRequest { subscription: name.to_owned(), return_immediately: true, max_messages: PAGE };
+        let mut client = self.subscriber.clone();
+        Ok(self.call(client.pull(request)).await?.received_messages)
+    }
+
     pub(crate) async fn acknowledge(&self, subscription: &str, ack_ids: Vec<String>) -> Result<(), Fault> {
         let mut client = self.subscriber.clone();
         self.call(client.acknowledge(AcknowledgeRequest { subscription: subscription.to_owned(), ack_ids })).await
@@ -193,7 +202,7 @@ impl Link {
                 return Ok(Line { client: client.clone(), _place: place });
             }
         }
-        let channel = endpoint(&self.address.url, self.patience)?.connect_lazy();
+        let channel = endpoint(&self.address, self.patience)?.connect_lazy();
         let service = Self::service(&self.address, channel)?;
         let client = SubscriberClient::new(service).max_decoding_message_size(LARGEST_ANSWER);
         let place = Arc::new(());

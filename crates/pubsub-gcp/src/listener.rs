@@ -156,7 +156,7 @@ impl Attachment {
 
     /// Waits until nothing is left that only this instance could hand over, and nothing in its consumer's hands.
     pub(crate) async fn relieved(&self) {
-        self.listener.queue.drained().await;
+        self.drained().await;
     }
 
     /// Ends it and takes back what is held. Returns how much was still queued, and how much was held.
@@ -194,7 +194,15 @@ impl Control for Attachment {
     }
 
     async fn drained(&self) {
-        self.listener.queue.drained().await;
+        // What waits behind the queue moves on as the queue is read.
+        loop {
+            self.hub.caught_up().await;
+            self.listener.queue.drained().await;
+            if self.listener.waiting() == 0 || self.listener.ended.load(Ordering::Acquire) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
     }
 
     fn status(&self) -> SubscriptionStatus {

@@ -79,6 +79,25 @@ impl Services {
         }
     }
 
+    /// After a stream ended with a fault: finds out whether its subscription can be reached, and is there. An idle stream would not
+    /// tell before its next message.
+    pub(crate) async fn probe(&self, subscription: &str, fault: Fault) -> Result<(), Fault> {
+        self.ill(&fault);
+        if !fault.is_temporary() {
+            return Err(fault);
+        }
+        match self.link.get_subscription(subscription).await {
+            Ok(_) => {
+                self.well();
+                Ok(())
+            }
+            Err(fault) => {
+                self.ill(&fault);
+                Err(fault)
+            }
+        }
+    }
+
     fn tell(&self, if_it_is: impl Fn(&Status) -> bool, now: impl FnOnce() -> Status) {
         // Looked at first: nearly always there is nothing to tell.
         if if_it_is(&self.status.borrow()) {
@@ -124,8 +143,8 @@ impl Services {
         };
         let mut pause = Pause::new();
         loop {
-            match self.publisher.publish(&topic, vec![message.clone()], self.options.publish_timeout).await {
-                Ok(()) => return true,
+            match self.publisher.publish(&topic, vec![message.clone()], self.options.publish_timeout, false).await {
+                Ok(_) => return true,
                 Err(failed) if failed.is_temporary() && !self.is_closed() => {}
                 Err(failed) => {
                     tracing::warn!(topic = %to, fault = ?failed.fault, "a dead letter was not published; its event comes again");

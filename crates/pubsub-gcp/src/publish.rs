@@ -132,6 +132,8 @@ struct Call {
 struct CallState {
     events: Vec<Stage>,
     left: usize,
+    /// What the service calls them, if anybody wants to know.
+    ids: Option<Vec<String>>,
     fault: Option<Fault>,
     /// The caller has stopped waiting: what was not sent is not sent any more.
     abandoned: bool,
@@ -164,6 +166,13 @@ impl Call {
 
     fn is_abandoned(&self) -> bool {
         self.state.lock().abandoned
+    }
+
+    fn published(&self, place: usize, id: String) {
+        if let Some(ids) = &mut self.state.lock().ids {
+            ids.push(id);
+        }
+        self.end(place, Fate::Published, None);
     }
 
     fn end(&self, place: usize, fate: Fate, fault: Option<&Fault>) {
@@ -219,7 +228,14 @@ impl Publisher {
 
     /// Publishes messages to a topic; waits to be taken for so long at most. Once it waits for the answer they are sent whether or not
     /// anybody waits.
-    pub(crate) async fn publish(&self, topic: &Arc<str>, messages: Vec<PubsubMessage>, wait: Duration) -> Result<(), Failed> {
+    /// Returns what the service calls the messages, in no order, if that is wanted.
+    pub(crate) async fn publish(
+        &self,
+        topic: &Arc<str>,
+        messages: Vec<PubsubMessage>,
+        wait: Duration,
+        wants_ids: bool,
+    ) -> Result<Vec<String>, Failed> {
         let count = messages.len();
         let sizes: Vec<_> = messages.iter().map(Message::encoded_len).collect();
         let until = Instant::now() + self.0.limits.patience;
@@ -233,7 +249,7 @@ impl Publisher {
             open.calls.insert(number);
             number
         };
-        let state = CallState { events: vec![Stage::Waiting; count], left: count, fault: None, abandoned: false };
+        let state = CallState { events: vec![Stage::Waiting; count], left: count, ids: wants_ids.then(Vec::new), fault: None, abandoned: false };
         let (state, done, shared) = (Mutex::new(state), Notify::new(), self.0.clone());
         let call = Arc::new(Call { state, done, number, shared, _room: room });
         self.enqueue(topic, messages, &sizes, &call);
@@ -242,10 +258,13 @@ impl Publisher {
             () = self.0.closed() => false,
         };
         let fates = call.abandon();
+        let (ids, fault) = {
+            let mut state = call.state.lock();
+            (state.ids.take().unwrap_or_default(), state.fault.take())
+        };
         if fates.iter().all(|fate| *fate == Fate::Published) {
-            return Ok(());
+            return Ok(ids);
         }
-        let fault = call.state.lock().fault.clone();
         let fault = match fault {
             Some(fault) => Reason::Fault(fault),
             None if late => Reason::Late,
@@ -389,9 +408,9 @@ impl Shared {
         let fault = loop {
             let messages = batch.iter().map(|item| item.message.clone()).collect();
             let fault = match self.link.publish(key.topic.to_string(), messages).await {
-                Ok(_) => {
+                Ok(ids) => {
                     self.provision.seen(&key.topic);
-                    batch.iter().for_each(|item| item.call.end(item.place, Fate::Published, None));
+                    batch.iter().zip(ids).for_each(|(item, id)| item.call.published(item.place, id));
                     return;
                 }
                 Err(fault) => fault,

@@ -151,7 +151,7 @@ mod tests {
             queue.record(notice(&["for now"], Duration::ZERO)),
         ];
         let again = sort_out(queue.next_batch(9).await, fault);
-        let answers = receipts.map(|receipt| futures::FutureExt::now_or_never(receipt));
+        let answers = receipts.map(futures::FutureExt::now_or_never);
         (answers.into(), again.iter().map(|open| open.what().ack_ids.len()).sum())
     }
 

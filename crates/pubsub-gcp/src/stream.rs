@@ -93,6 +93,9 @@ async fn run<F: Feed>(feed: Weak<F>, mut bell: watch::Receiver<()>, link: Arc<Li
     let mut lost = false;
     loop {
         let ahead = loop {
+            if bell.has_changed().is_err() {
+                return;
+            }
             bell.borrow_and_update();
             let Some(there) = feed.upgrade() else { return };
             match there.want() {
@@ -181,7 +184,8 @@ async fn pull<F: Feed>(
     let mut flowed = false;
     loop {
         let Some(want) = feed.upgrade().map(|feed| feed.want()) else { return (Ok(()), flowed) };
-        match want {
+        // Without its bell it is not wanted any more, whatever others are.
+        match if bell.has_changed().is_err() { Want::Nothing } else { want } {
             Want::More => tokio::select! {
                 biased;
                 response = stream.message() => match response {
@@ -216,7 +220,7 @@ fn ended() -> Fault {
 async fn changed<F: Feed>(feed: &Weak<F>, bell: &mut watch::Receiver<()>) -> Want {
     match bell.changed().await {
         Ok(()) => feed.upgrade().map_or(Want::End, |feed| feed.want()),
-        Err(_) => Want::End,
+        Err(_) => Want::Nothing, // the bell is gone: this one ends, gently, whatever others do
     }
 }
 

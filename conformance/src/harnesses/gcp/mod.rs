@@ -42,11 +42,13 @@ pub fn shared() -> io::Result<Arc<Emulator>> {
     Ok(shared.insert(Arc::new(Emulator::start()?)).clone())
 }
 
-/// The bus over Google Cloud Pub/Sub, in a project of its own on the program's emulator, behind a proxy.
+/// The bus over Google Cloud Pub/Sub, in a project of its own on the program's emulator. Those made of the first have a proxy each
+/// before it; those made of them share that.
 #[derive(Default)]
 pub struct GcpHarness {
-    running: OnceLock<Running>,
-    number: u64,
+    running: Arc<OnceLock<Running>>,
+    /// Which project it is; none for the first.
+    number: Option<u64>,
 }
 
 struct Running {
@@ -66,6 +68,7 @@ fn builder(url: &str, project: &str) -> GcpBuilder {
         .linger(Duration::from_millis(300))
         .max_payload(LARGEST)
         .command_timeout(Duration::from_secs(8))
+        .keep_alive(Duration::from_secs(3))
         .publish_timeout(Duration::from_secs(8))
         // It is on this machine.
         .clock_uncertainty(Duration::from_millis(1))
@@ -82,7 +85,7 @@ impl GcpHarness {
     }
 
     fn project(&self) -> String {
-        format!("bus-{}-{}", std::process::id(), self.number)
+        format!("bus-{}-{}", std::process::id(), self.number.unwrap_or(0))
     }
 
     fn url(&self) -> Result<String> {
@@ -117,8 +120,8 @@ impl Harness for GcpHarness {
 
     async fn fresh(&self) -> Result<Arc<dyn Harness>> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let fresh = Self { running: OnceLock::new(), number: NEXT.fetch_add(1, Ordering::Relaxed) };
-        Ok(Arc::new(fresh))
+        let running = if self.number.is_some() { self.running.clone() } else { Arc::default() };
+        Ok(Arc::new(Self { running, number: Some(NEXT.fetch_add(1, Ordering::Relaxed)) }))
     }
 
     async fn connect(&self) -> Result<Arc<dyn PubSub>> {
@@ -173,7 +176,9 @@ impl Raw for GcpHarness {
     async fn inject(&self, topic: &Topic, bytes: &[u8]) -> Result<()> {
         // The suite's topics are called on the service what they are called here.
         let path = format!("v1/projects/{}/topics/{topic}:publish", self.project());
-        let body = serde_json::json!({"messages": [{"data": base64(bytes), "orderingKey": "run"}]}).to_string();
+        // Without data it needs an attribute.
+        let message = serde_json::json!({"data": base64(bytes), "orderingKey": "run", "attributes": {"raw": "yes"}});
+        let body = serde_json::json!({"messages": [message]}).to_string();
         let emulator = self.running()?.emulator.clone();
         let telling = tokio::task::spawn_blocking(move || emulator.ask("POST", &path, &body));
         telling.await.map_err(io::Error::other).flatten().map(drop).map_err(failed)

@@ -113,7 +113,7 @@ impl Due for Desk {
         };
         if lingered {
             self.release(|_| true);
-            self.bell.ring();
+            self.ring();
         }
         if renew {
             self.renew(now);
@@ -154,10 +154,10 @@ impl Feed for Desk {
 
     fn mend(self: Arc<Self>, fault: Fault, lost: bool) -> BoxFuture<'static, Result<(), Fault>> {
         async move {
-            self.services.ill(&fault);
-            if fault.is_temporary() {
-                return Ok(());
-            }
+            let fault = match self.services.probe(&self.name, fault).await {
+                Ok(()) => return Ok(()),
+                Err(fault) => fault,
+            };
             if fault.is_not_found() && lost && self.services.options.restores() {
                 tracing::warn!(subscription = %self.name, "a subscription was gone and is made anew");
                 return self.services.provision.ensure(&self.spec).await;

@@ -41,7 +41,8 @@ pub(crate) struct Desk {
     /// Assigns what has come to members, and keeps what is to be retried. It ends with the last member; the next one begins another.
     local: Mutex<Arc<DeliveryQueue>>,
     me: Weak<Self>,
-    bell: Bell,
+    /// Of the streams there are; they end with it.
+    bell: Mutex<Bell>,
     state: Mutex<State>,
     /// How much is in consumers' hands.
     in_hands: watch::Sender<usize>,
@@ -146,7 +147,7 @@ impl Desk {
             name,
             local: Mutex::new(local),
             me: me.clone(),
-            bell: Bell::new(),
+            bell: Mutex::new(Bell::new()),
             state: Mutex::new(state),
             in_hands: watch::Sender::new(0),
             leaving: watch::Sender::new(0),
@@ -168,7 +169,7 @@ impl Desk {
             client_id: self.services.instance.clone(),
         };
         for _ in tasks.len()..self.services.options.streams {
-            tasks.push(stream::start(self, &self.bell, self.services.link.clone(), opening.clone()));
+            tasks.push(stream::start(self, &self.bell.lock(), self.services.link.clone(), opening.clone()));
         }
     }
 
@@ -176,8 +177,14 @@ impl Desk {
         self.local.lock().clone()
     }
 
+    /// Begins another local queue. What only the last one had goes back.
     pub(crate) fn set_local(&self, local: Arc<DeliveryQueue>) {
         *self.local.lock() = local;
+        self.release_unheld();
+    }
+
+    fn ring(&self) {
+        self.bell.lock().ring();
     }
 
     fn topic(&self) -> &Topic {
@@ -213,20 +220,22 @@ impl Desk {
         last
     }
 
-    /// After the last member: gives back what nobody holds, and lets the streams end.
+    /// After the last member: gives back what nobody holds, and ends the streams.
     fn farewell(&self) {
+        let (tasks, bell) = {
+            let mut tasks = self.tasks.lock();
+            if self.state.lock().has_members() {
+                return; // somebody came meanwhile
+            }
+            (std::mem::take(&mut *tasks), std::mem::replace(&mut *self.bell.lock(), Bell::new()))
+        };
+        drop(bell);
         self.release_unheld();
-        self.bell.ring();
-        let tasks = std::mem::take(&mut *self.tasks.lock());
         let Some(me) = self.me.upgrade().filter(|_| !tasks.is_empty()) else { return };
         self.leaving.send_modify(|count| *count += 1);
         self.services.timer.runtime().spawn(async move {
-            let until = Instant::now() + crate::node::UNHEARD_WORDS;
-            stream::wind_up(tasks, until).await;
+            stream::wind_up(tasks, Instant::now() + crate::node::UNHEARD_WORDS).await;
             me.leaving.send_modify(|count| *count -= 1);
-            if me.state.lock().has_members() {
-                me.start(); // somebody came meanwhile
-            }
         });
     }
 
@@ -351,7 +360,7 @@ impl Desk {
             }
             state.cold = false;
         }
-        self.bell.ring();
+        self.ring();
     }
 
     /// Hands over what the local queue gave a member; none if it is not this instance's any more, or was given up.
@@ -370,7 +379,7 @@ impl Desk {
             (state.members.get(&number).map(|member| member.options.clone()), gone, state.ahead.is_empty())
         };
         if ring {
-            self.bell.ring();
+            self.ring();
         }
         let (Some(options), false) = (options, gone) else {
             drop(inner.done()); // it went back meanwhile
