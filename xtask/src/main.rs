@@ -64,19 +64,36 @@ fn test() -> Outcome {
     step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
 }
 
-/// Installs what `PUBSUB_REQUIRE` names and is not there, where that is possible: as root, on a Debian system.
+/// Installs what `PUBSUB_REQUIRE` names and is not there, where that is possible: as root, on a Debian system. Google's emulator comes
+/// from Google's own package source, which has to be set up.
 fn install_servers() -> Outcome {
     let required = std::env::var("PUBSUB_REQUIRE").unwrap_or_default();
-    let is_there = |program| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success());
-    if !required.split(',').any(|name| name.trim() == "redis") || is_there("redis-server") {
+    let is_required = |name| required.split(',').any(|required| required.trim() == name);
+    let runs = |program, argument| Command::new(program).arg(argument).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let is_there = |program, argument| runs(program, argument).is_ok_and(|status| status.success());
+    let mut packages = Vec::new();
+    if is_required("redis") && !is_there("redis-server", "--version") {
+        packages.push("redis-server");
+    }
+    if is_required("gcp") {
+        if !std::path::Path::new("/usr/lib/google-cloud-sdk/platform/pubsub-emulator").exists() {
+            packages.push("google-cloud-cli-pubsub-emulator");
+        }
+        if !is_there("java", "-version") {
+            packages.push("default-jre-headless");
+        }
+    }
+    if packages.is_empty() {
         return Ok(());
     }
     let root = step::read(Command::new("id").arg("-u"))?.trim() == "0";
     let apt = || if root { Command::new("apt-get") } else { sudo("apt-get") };
     step::run("package lists", apt().arg("update"))?;
-    let install = ["install", "--yes", "--no-install-recommends", "redis-server"];
-    // Tests start servers of their own; the one that the package starts is not needed.
-    step::run("redis-server", apt().env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").args(install))
+    let install = ["install", "--yes", "--no-install-recommends"];
+    // Tests start servers of their own; the one that a package starts is not needed.
+    let mut command = apt();
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").args(install).args(&packages);
+    step::run("servers", &mut command)
 }
 
 fn sudo(program: &str) -> Command {

@@ -18,6 +18,7 @@
 //! | `unix:PATH`, relative or absolute | among the processes of the host that name the socket at that path | `unix` |
 //! | `redis://[user:password@]host[:port][/database]` | over a Redis server, 7.0 or later | `redis` |
 //! | `rediss://...` | the same, encrypted | `rediss` |
+//! | `gcp://PROJECT` | over Google Cloud Pub/Sub, or the emulator that `PUBSUB_EMULATOR_HOST` names | `gcp` |
 //!
 //! Backends of your own join by a [`Registry`].
 //!
@@ -27,7 +28,10 @@
 //! `memory:` takes `publish_timeout`, `strict_payloads`, `max_payload` and `dead_letter_retention`; `unix:` takes
 //! `publish_timeout`, `max_payload`, `max_events`, `max_bytes`, `grace`, `hang_timeout`, `max_peer_bytes` and `sync`; `redis:` and
 //! `rediss:` take `prefix`, `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`,
-//! `command_timeout`, `reclaim_after` and `linger`. Every URL takes
+//! `command_timeout`, `reclaim_after` and `linger`; `gcp:` takes `endpoint`, `credentials_file`, `create_topics`, `ordering`,
+//! `exactly_once`, `ack_deadline`, `streams`, `linger`, `max_payload`, `publish_timeout`, `command_timeout`, `keep_alive`,
+//! `batch_events`, `batch_bytes`, `batch_delay`, `max_outstanding_events`, `max_outstanding_bytes`, `private_ttl`,
+//! `private_retention`, `topic_retention`, `service_dead_letters`, `clock_uncertainty`, `restore` and `restore_grace`. Every URL takes
 //!
 //! - `replay=memory` or `replay=URL`, with the cargo feature `replay`: the bus keeps its events in a store, numbers them, and replays
 //!   them (clauses R1 to R6). `memory` is a store within the process, of the bus's own; if the bus is `memory:NAME`, all who connect to
@@ -44,6 +48,8 @@
 //!
 //! User names, passwords and the values of unknown options appear in no error, no `Debug` output and no log.
 
+#[cfg(feature = "gcp")]
+mod gcp;
 mod leases;
 #[cfg(feature = "memory")]
 mod memory;

@@ -20,7 +20,7 @@ pub const MAX_NESTING: usize = 4;
 
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
 const BACKENDS: &[(&str, Option<&str>)] =
-    &[("memory", Some("memory")), ("unix", Some("unix")), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", None)];
+    &[("memory", Some("memory")), ("unix", Some("unix")), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", Some("gcp"))];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
 
@@ -69,6 +69,8 @@ impl Registry {
         let registry = registry.with("redis", crate::redis::redis);
         #[cfg(feature = "rediss")]
         let registry = registry.with("rediss", crate::redis::redis);
+        #[cfg(feature = "gcp")]
+        let registry = registry.with("gcp", crate::gcp::gcp);
         registry
     }
 
