@@ -19,8 +19,13 @@ use crate::{BusUrl, leases};
 pub const MAX_NESTING: usize = 4;
 
 /// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
-const BACKENDS: &[(&str, Option<&str>)] =
-    &[("memory", Some("memory")), ("unix", Some("unix")), ("redis", Some("redis")), ("rediss", Some("rediss")), ("gcp", Some("gcp"))];
+const BACKENDS: &[(&str, Option<&str>)] = &[
+    ("memory", Some("memory")),
+    ("unix", Some("unix")),
+    ("redis", Some("redis")),
+    ("rediss", Some("rediss")),
+    ("gcp", Some("gcp")),
+];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
 

@@ -84,7 +84,6 @@ impl Channel {
         true
     }
 
-
     pub(crate) fn appetite(&self, hub: &Hub) -> Appetite {
         let state = self.state.lock();
         let mut appetite = Appetite::Nobody;

@@ -184,9 +184,8 @@ impl GoogleCloudPubSub {
         let (id, labels) = services.names.group(topic, group);
         let kind = ("pubsub-kind".to_owned(), "group".to_owned());
         let letters = services.options.service_dead_letters.zip(options.dead_letter.as_ref());
-        let letters = letters.map(|(attempts, to)| {
-            dead_letters(services.link.topic(&services.names.route(to).google), attempts)
-        });
+        let letters =
+            letters.map(|(attempts, to)| dead_letters(services.link.topic(&services.names.route(to).google), attempts));
         let subscription = OnService {
             name: services.link.subscription(&id),
             topic: services.link.topic(&route.google),
@@ -414,10 +413,12 @@ impl GoogleCloudPubSub {
             let group = match known {
                 Some(group) => Some(group),
                 // What its name does not tell its labels may.
-                None if id.starts_with("h%_") => match self.ask(operation, topic, || services.link.get_subscription(&name)).await {
-                    Ok(there) => services.names.group_of(topic, id, &there.labels),
-                    Err(_) => None, // it is gone
-                },
+                None if id.starts_with("h%_") => {
+                    match self.ask(operation, topic, || services.link.get_subscription(&name)).await {
+                        Ok(there) => services.names.group_of(topic, id, &there.labels),
+                        Err(_) => None, // it is gone
+                    }
+                }
                 None => None,
             };
             groups.extend(group.map(|group| (group, name)));

@@ -248,6 +248,7 @@ impl Hub {
         if let Some(deleting) = self.deleting.lock().take() {
             deleting.abort();
         }
+        self.gone.send_replace(true);
     }
 
     /// Settles out of the way what is no event: counted, logged once, and dead-lettered where there is a topic for that.

@@ -9,8 +9,8 @@ use futures::Stream;
 use gcloud_sdk::google::pubsub::v1::publisher_client::PublisherClient;
 use gcloud_sdk::google::pubsub::v1::subscriber_client::SubscriberClient;
 use gcloud_sdk::google::pubsub::v1::{
-    AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest,
-    ListTopicSubscriptionsRequest, ModifyAckDeadlineRequest, PublishRequest, PubsubMessage, PullRequest, ReceivedMessage, SeekRequest, StreamingPullRequest,
+    AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest, ListTopicSubscriptionsRequest,
+    ModifyAckDeadlineRequest, PublishRequest, PubsubMessage, PullRequest, ReceivedMessage, SeekRequest, StreamingPullRequest,
     StreamingPullResponse, Subscription, Topic, seek_request,
 };
 use gcloud_sdk::google_cloud_auth::credentials::Credentials;

@@ -111,7 +111,8 @@ impl Listener {
                 let first = behind.waiting[0].0.clone();
                 behind.told.push_back((first, lost));
             }
-            self.queue.push(behind.waiting.drain(..count).map(|(event, attempt)| Entry::new(event).attempt(attempt)), aftermath);
+            self.queue
+                .push(behind.waiting.drain(..count).map(|(event, attempt)| Entry::new(event).attempt(attempt)), aftermath);
             let left = !behind.waiting.is_empty() || !behind.told.is_empty();
             self.is_behind.store(left, Ordering::SeqCst);
         });

@@ -126,7 +126,10 @@ mod tests {
     fn reads_what_the_typescript_side_writes() {
         let read = Arrival::read(received(r#"{"type":"workflow.start","runId":"r","data":{"workflowId":"w"}}"#, 0));
         let Content::Event { event, attempt } = read.content else { panic!("malformed") };
-        assert_eq!((event.event_type(), event.run_id(), event.id().to_string().as_str(), attempt), ("workflow.start", "r", "77", 1));
+        assert_eq!(
+            (event.event_type(), event.run_id(), event.id().to_string().as_str(), attempt),
+            ("workflow.start", "r", "77", 1)
+        );
         assert_eq!(event.created_at().to_string(), "2026-01-02T03:04:05.006Z");
     }
 

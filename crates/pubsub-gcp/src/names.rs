@@ -276,10 +276,7 @@ mod tests {
 
     #[test]
     fn a_filter_quotes_and_has_a_bound() {
-        let route = |name: &str| Route {
-            google: "h".into(),
-            shared: Some(Shared { topic: name.into(), family: None }),
-        };
+        let route = |name: &str| Route { google: "h".into(), shared: Some(Shared { topic: name.into(), family: None }) };
         assert_eq!(route(r#"a"b\c"#).filter(), r#"attributes.topic = "a\"b\\c""#);
         assert_eq!(route(&"x".repeat(255)).filter(), "");
     }

@@ -189,8 +189,7 @@ impl Node {
     pub(crate) async fn connect(address: Address, options: GcpBuilder) -> Result<Arc<Self>> {
         let timer = Arc::new(Timer::new()?);
         let link = Arc::new(Link::open(address, options.command_timeout).await?);
-        let provision =
-            Provision::new(link.clone(), options.create_topics, options.topic_retention, options.restore_grace);
+        let provision = Provision::new(link.clone(), options.create_topics, options.topic_retention, options.restore_grace);
         let provision = Arc::new(provision);
         let status = watch::Sender::new(Status::Connected);
         let publisher = Publisher::new(link.clone(), provision.clone(), timer.runtime(), &options);

@@ -224,10 +224,8 @@ mod tests {
         }
         let other = Subscription { ack_deadline_seconds: 10, enable_message_ordering: true, ..wanted.clone() };
         assert_eq!(compare(&wanted, &other), Ok(()));
-        let labelled = |value: &str| Subscription {
-            labels: [("pubsub-group-0".to_owned(), value.to_owned())].into(),
-            ..wanted.clone()
-        };
+        let labelled =
+            |value: &str| Subscription { labels: [("pubsub-group-0".to_owned(), value.to_owned())].into(), ..wanted.clone() };
         assert!(compare(&labelled("61"), &labelled("62")).is_err());
     }
 }

@@ -249,7 +249,13 @@ impl Publisher {
             open.calls.insert(number);
             number
         };
-        let state = CallState { events: vec![Stage::Waiting; count], left: count, ids: wants_ids.then(Vec::new), fault: None, abandoned: false };
+        let state = CallState {
+            events: vec![Stage::Waiting; count],
+            left: count,
+            ids: wants_ids.then(Vec::new),
+            fault: None,
+            abandoned: false,
+        };
         let (state, done, shared) = (Mutex::new(state), Notify::new(), self.0.clone());
         let call = Arc::new(Call { state, done, number, shared, _room: room });
         self.enqueue(topic, messages, &sizes, &call);
@@ -384,7 +390,8 @@ impl Shared {
         let lane = lanes.get_mut(key)?;
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while batch.len() < self.limits.batch_events
-            && let Some(item) = lane.waiting.pop_front_if(|item| batch.is_empty() || bytes + item.size <= self.limits.batch_bytes)
+            && let Some(item) =
+                lane.waiting.pop_front_if(|item| batch.is_empty() || bytes + item.size <= self.limits.batch_bytes)
         {
             lane.bytes -= item.size;
             if item.call.send(item.place) {

@@ -234,7 +234,10 @@ async fn read_out<F: Feed>(feed: &Weak<F>, stream: &mut Streaming<StreamingPullR
 }
 
 /// The requests of a stream: the first, and nothing more until the sender is dropped, which ends it.
-fn requests(opening: &Opening, ahead: (usize, usize)) -> (oneshot::Sender<()>, impl Stream<Item = StreamingPullRequest> + use<>) {
+fn requests(
+    opening: &Opening,
+    ahead: (usize, usize),
+) -> (oneshot::Sender<()>, impl Stream<Item = StreamingPullRequest> + use<>) {
     let bound = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
     let first = StreamingPullRequest {
         subscription: opening.subscription.to_string(),

@@ -28,7 +28,8 @@ pub struct Emulator {
 /// The program, if it is installed.
 pub fn program() -> Option<PathBuf> {
     let files = Path::new(LIBRARY).read_dir().ok()?.flatten().map(|file| file.path());
-    let is_it = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cloud-pubsub-emulator"));
+    let is_it =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cloud-pubsub-emulator"));
     let program = files.filter(|path| path.extension().is_some_and(|kind| kind == "jar")).find(is_it)?;
     let java = Command::new("java").arg("-version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     java.is_ok_and(|status| status.success()).then_some(program)

@@ -41,9 +41,10 @@ impl Desk {
             let stale: Vec<_> = state.held.iter().filter(|(_, held)| Self::is_revoked(&held.inner)).map(|(t, _)| t).collect();
             let lost: Vec<_> = state.leases.iter().filter(|(_, lease)| lease.until <= now).map(|(n, _)| *n).collect();
             let gone: HashSet<_> = lost.iter().copied().collect();
-            let held = state.held.iter().filter(|(token, held)| {
-                stale.contains(token) || held.lease.is_some_and(|lease| gone.contains(&lease))
-            });
+            let held = state
+                .held
+                .iter()
+                .filter(|(token, held)| stale.contains(token) || held.lease.is_some_and(|lease| gone.contains(&lease)));
             let tokens: Vec<_> = held.map(|(token, _)| token).collect();
             let events: Vec<_> = lost.iter().filter_map(|lease| state.remove(*lease)).map(|lease| lease.event).collect();
             let kept: Vec<_> = state.leases.iter().map(|(number, lease)| (*number, lease.ack_id.clone())).collect();

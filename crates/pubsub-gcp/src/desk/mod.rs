@@ -158,7 +158,6 @@ impl Desk {
         desk
     }
 
-
     /// Starts its streams, unless they are there.
     pub(crate) fn start(self: &Arc<Self>) {
         let mut tasks = self.tasks.lock();

@@ -7,7 +7,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use pubsub_core::machinery::SettleQueue;
-use pubsub_core::{Delivery, Event, Receipt, Settled, Settlement, Settler, SubscribeOptions, SubscriptionStatus, Topic, dead_letter};
+use pubsub_core::{
+    Delivery, Event, Receipt, Settled, Settlement, Settler, SubscribeOptions, SubscriptionStatus, Topic, dead_letter,
+};
 use tokio::time::Instant;
 
 use super::{Desk, Held};
