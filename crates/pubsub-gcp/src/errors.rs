@@ -182,11 +182,27 @@ mod tests {
         }
     }
 
+    /// An error with another below it, as those of a transport are.
+    #[derive(Debug)]
+    struct Below(CredentialsError);
+
+    impl fmt::Display for Below {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("transport error")
+        }
+    }
+
+    impl std::error::Error for Below {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+
     #[test]
     fn no_token_is_denied_only_if_it_stays_so() {
         let fault = |transient| {
             let mut status = Status::unavailable("transport error");
-            status.set_source(Arc::new(std::io::Error::other(CredentialsError::from_msg(transient, "no key"))));
+            status.set_source(Arc::new(Below(CredentialsError::from_msg(transient, "no key"))));
             Fault::from(status)
         };
         assert_eq!((kind(&fault(false)), kind(&fault(true))), (ErrorKind::Denied, ErrorKind::Unavailable));

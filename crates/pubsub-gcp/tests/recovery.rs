@@ -215,7 +215,7 @@ async fn first_use() -> Outcome {
         joining.push(tokio::spawn(async move {
             let member = bus.subscribe_group("jobs", "g").await?;
             bus.publish("jobs", Event::new("x").with_run_id("r")).await?;
-            pubsub_core::Result::Ok((bus, member))
+            Ok::<_, pubsub_core::Error>((bus, member))
         }));
     }
     let mut all = Vec::new();

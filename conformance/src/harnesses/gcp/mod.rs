@@ -135,7 +135,7 @@ impl Harness for GcpHarness {
         timing.quiet = Duration::from_millis(250);
         // After a connection broke, the emulator keeps what it had sent for forty seconds.
         timing.patience = Duration::from_secs(60);
-        timing.limit = Duration::from_secs(90);
+        timing.limit = Duration::from_secs(200);
         timing
     }
 
