@@ -5,16 +5,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use pubsub_conformance::harnesses::{
-    CachedHarness, EmitterHarness, GcpHarness, RedisHarness, SlowRemoteHarness, UnixHarness, gcp, is_other_unix_process,
-    other_unix_process, redis,
+    CachedHarness, EmitterHarness, RedisHarness, SlowRemoteHarness, UnixHarness, is_other_unix_process, other_unix_process,
+    redis,
 };
 
 fn main() -> ExitCode {
     if redis::is_other_process() {
         return redis::other_process();
-    }
-    if gcp::is_other_process() {
-        return gcp::other_process();
     }
     if is_other_unix_process() {
         return other_unix_process();
@@ -28,7 +25,6 @@ fn main() -> ExitCode {
             Arc::new(CachedHarness::over(Arc::new(SlowRemoteHarness::new(0xcac)))) as _,
             Arc::new(CachedHarness::over(Arc::new(UnixHarness::new()))) as _,
             Arc::new(CachedHarness::over(Arc::new(RedisHarness::default()))) as _,
-            Arc::new(CachedHarness::over(Arc::new(GcpHarness::default()))) as _,
         ],
     )
 }

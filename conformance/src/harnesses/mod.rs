@@ -35,7 +35,9 @@ pub fn all() -> Vec<Arc<dyn Harness>> {
         Arc::new(RedisHarness::default()),
         Arc::new(GcpHarness::default()),
     ];
-    let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
+    // Over Google Cloud the decorator has a history that groups do not start from: what the suite asks of both is not told apart yet.
+    let cached = backends.iter().filter(|harness| harness.name() != "gcp");
+    let cached: Vec<_> = cached.map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     backends.into_iter().chain(cached).collect()
 }
 

@@ -107,7 +107,7 @@ impl GcpBuilder {
             service_dead_letters: None,
             clock_uncertainty: Duration::from_millis(10),
             restore: None,
-            restore_grace: Duration::from_millis(500),
+            restore_grace: Duration::from_secs(2),
         }
     }
 
@@ -313,7 +313,8 @@ impl GcpBuilder {
         self
     }
 
-    /// How long publishing to a topic that was gone, and was made anew, waits for the subscriptions of others to come back (500 ms).
+    /// How long publishing to a topic that was gone, and was made anew, waits for the subscriptions of others to come back (2 s). Those come
+    /// back within a second, and `command_timeout` where the server that starts again accepts connections before it answers.
     #[must_use]
     pub fn restore_grace(mut self, grace: Duration) -> Self {
         self.restore_grace = grace;

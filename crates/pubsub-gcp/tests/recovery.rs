@@ -92,7 +92,11 @@ async fn publish(bus: &Bus, topic: &str, event: Event) -> Outcome {
 
 async fn restarted() -> Outcome {
     let emulator = Arc::new(Emulator::start()?);
-    let (bus, other) = (connect(&emulator, "restarted").await?, connect(&emulator, "restarted").await?);
+    // While it starts, the emulator accepts connections and answers nothing: what hangs there is to be given up soon, and within the
+    // grace.
+    let patient =
+        || builder(&emulator, "restarted").command_timeout(Duration::from_secs(1)).restore_grace(Duration::from_secs(4));
+    let (bus, other) = (Bus::from(patient().connect().await?), Bus::from(patient().connect().await?));
     let mut listener = other.subscribe("load").await?;
     let mut worker = other.subscribe_group("load", "g").await?;
     let seen = Arc::new(parking_lot::Mutex::new((HashSet::new(), HashSet::new())));
