@@ -326,7 +326,9 @@ impl Feed for Hub {
             };
             if fault.is_not_found() && lost && self.services.options.restores() {
                 tracing::warn!(subscription = %self.name, "a subscription was gone and is made anew");
-                self.forget_expected(); // it is lost
+                // What it had is lost, and a server that has forgotten all gives its message ids anew.
+                self.forget_expected();
+                *self.seen.lock() = Remembered::default();
                 return self.services.provision.ensure(&self.spec).await;
             }
             Err(fault)

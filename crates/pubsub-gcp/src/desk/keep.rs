@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::{Desk, Held};
 use crate::errors::Fault;
+use crate::hub::Remembered;
 use crate::message::Arrival;
 use crate::settle::{Notice, Renewal, What};
 use crate::stream::{Feed, Want};
@@ -65,6 +66,15 @@ impl Desk {
             let what = What::Deadline(self.services.deadline());
             drop(self.services.notices.record(Notice { subscription: self.name.clone(), ack_ids, what, until, renews }));
         }
+    }
+
+    /// A server that has forgotten all gives its message ids anew, and knows nothing of what is leased: that is lost at the next renewal.
+    fn forget_server(&self) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        state.acknowledged = Remembered::default();
+        state.by_message.clear();
+        state.leases.values_mut().for_each(|lease| lease.until = now);
     }
 
     /// When something is due next.
@@ -161,6 +171,7 @@ impl Feed for Desk {
             };
             if fault.is_not_found() && lost && self.services.options.restores() {
                 tracing::warn!(subscription = %self.name, "a subscription was gone and is made anew");
+                self.forget_server();
                 return self.services.provision.ensure(&self.spec).await;
             }
             Err(fault)
