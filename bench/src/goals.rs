@@ -28,6 +28,10 @@ const fn of_cache(setting: &'static str, against: Against, ratio: f64) -> Goal {
     Goal { backend: crate::cache::BACKEND, setting, against, ratio }
 }
 
+const fn of_http(setting: &'static str, ratio: f64) -> Goal {
+    Goal { backend: crate::http::BACKEND, setting, against: Against::Limit, ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
 
 const GOALS: &[Goal] = &[
@@ -44,6 +48,9 @@ const GOALS: &[Goal] = &[
     goal("idle memory", Against::Figure(2048.0), 1.0),
     of_cache("publish", Against::Party(crate::cache::BARE), 0.45),
     of_cache("replay", Against::Figure(10e6), 1.0),
+    of_http("to 1 stream", 0.8),
+    of_http("to 100 streams", 0.8),
+    of_http("to 1000 streams", 0.8),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

@@ -3,6 +3,7 @@
 mod cache;
 mod event;
 mod goals;
+mod http;
 mod memory;
 mod node;
 mod report;
@@ -30,7 +31,7 @@ const ALLOCATOR_NAME: &str = if cfg!(feature = "mimalloc") {
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Options {
-    /// Measure this backend only (memory, cache).
+    /// Measure this backend only (memory, cache, http).
     #[arg(long)]
     backend: Option<String>,
     /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
@@ -78,7 +79,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
         println!("{}", memory::idle::measure_here(party)?);
         return Ok(());
     }
-    let known = ["memory", cache::BACKEND];
+    let known = ["memory", cache::BACKEND, http::BACKEND];
     if let Some(other) = options.backend.as_deref().filter(|backend| !known.contains(backend)) {
         return Err(format!("there is no backend `{other}`; there is {}", known.join(", ")).into());
     }
@@ -87,6 +88,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
     }
     let mut contests = memory::contests(options.peers);
     contests.extend(cache::contests(options.peers));
+    contests.extend(http::contests());
     contests.retain(|contest| options.backend.as_deref().is_none_or(|backend| backend == contest.backend));
     contests.retain_mut(|contest| {
         contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));

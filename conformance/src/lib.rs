@@ -76,7 +76,7 @@ mod suite;
 pub use ctx::{Consumer, Ctx, exactly, in_sequence, panic_on_purpose};
 pub use expectation::Differences;
 pub use harness::{Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing, missing};
-pub use mimic::main;
+pub use mimic::{main, main_of};
 pub use properties::registry;
 pub use property::{Mismatch, Need, Outcome, Property, Verdict, omitted, property};
 pub use suite::{PropertyReport, Report, Suite};

@@ -64,19 +64,27 @@ fn test() -> Outcome {
     step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
 }
 
+/// What `PUBSUB_REQUIRE` may name, the program that shows it is there, and the Debian packages it comes in.
+const SERVERS: &[(&str, &str, &[&str])] =
+    &[("redis", "redis-server", &["redis-server"]), ("chromium", "chromedriver", &["chromium", "chromium-driver"])];
+
 /// Installs what `PUBSUB_REQUIRE` names and is not there, where that is possible: as root, on a Debian system.
 fn install_servers() -> Outcome {
     let required = std::env::var("PUBSUB_REQUIRE").unwrap_or_default();
     let is_there = |program| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success());
-    if !required.split(',').any(|name| name.trim() == "redis") || is_there("redis-server") {
+    let is_required = |server: &str| required.split(',').any(|name| name.trim() == server);
+    let missing = SERVERS.iter().filter(|(name, program, _)| is_required(name) && !is_there(program));
+    let packages: Vec<&str> = missing.flat_map(|(_, _, packages)| packages.iter().copied()).collect();
+    if packages.is_empty() {
         return Ok(());
     }
     let root = step::read(Command::new("id").arg("-u"))?.trim() == "0";
     let apt = || if root { Command::new("apt-get") } else { sudo("apt-get") };
     step::run("package lists", apt().arg("update"))?;
-    let install = ["install", "--yes", "--no-install-recommends", "redis-server"];
-    // Tests start servers of their own; the one that the package starts is not needed.
-    step::run("redis-server", apt().env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").args(install))
+    let mut install = apt();
+    install.args(["install", "--yes", "--no-install-recommends"]).args(&packages);
+    // Tests start servers of their own; the one that a package starts is not needed.
+    step::run("packages", install.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1"))
 }
 
 fn sudo(program: &str) -> Command {

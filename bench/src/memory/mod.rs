@@ -29,7 +29,7 @@ pub(crate) fn contests(peers: bool) -> Vec<Contest> {
 
 /// Plays one round on a runtime of its own, so that no round sees what another left behind.
 pub(crate) fn on_runtime<T>(within: Duration, round: impl Future<Output = Result<T, BoxError>>) -> Result<T, BoxError> {
-    let runtime: Runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
+    let runtime: Runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async { tokio::time::timeout(within * 10 + Duration::from_secs(20), round).await });
     runtime.shutdown_timeout(Duration::from_secs(5));
     outcome.map_err(|_| BoxError::from("the round did not end"))?

@@ -3,6 +3,7 @@
 mod cached;
 mod emitter;
 mod memory_store;
+mod pushed;
 pub mod redis;
 mod slow_remote;
 mod unix;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
 pub use memory_store::MemoryStoreHarness;
+pub use pushed::PushedHarness;
 pub use redis::RedisHarness;
 pub use slow_remote::SlowRemoteHarness;
 pub use unix::{UnixHarness, is_other_unix_process, other_unix_process};
