@@ -134,6 +134,7 @@ impl GroupReader {
             match outcome {
                 Ok(()) => pause = Pause::new(),
                 Err(fault) => {
+                    wanted.iter().for_each(|(_, desk)| desk.read_failed());
                     tokio::time::sleep(pause.next()).await;
                     if connection.is_some() {
                         recover(&wanted, &fault).await;

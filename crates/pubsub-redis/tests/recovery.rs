@@ -2,20 +2,21 @@
 //! processes killed and paused. On real servers; without one installed every test is shown as ignored, and fails where
 //! `PUBSUB_REQUIRE` names redis.
 
+#[path = "common/trials.rs"]
+mod trials;
+
 #[expect(dead_code)] // others use more of it
 #[path = "../../../conformance/src/harnesses/redis/server.rs"]
 mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
 use std::io::{BufRead, BufReader};
-use std::pin::Pin;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use libtest_mimic::{Arguments, Failed, Trial};
 use pubsub_core::{
     Bus, ErrorKind, Event, Fate, Group, Origin, PublishOptions, RetryPolicy, Settled, Start, SubscribeOptions, Subscription,
     Topic,
@@ -34,7 +35,7 @@ const RECLAIM: Duration = Duration::from_millis(600);
 /// What a process that is started once more is to do.
 const JOB: &str = "PUBSUB_REDIS_JOB";
 
-type Test = fn(Arc<Server>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+type Test = fn(Arc<Server>) -> BoxFuture<'static, ()>;
 
 fn main() -> ExitCode {
     if let Ok(job) = std::env::var(JOB) {
@@ -59,21 +60,8 @@ fn main() -> ExitCode {
         ("following many topics works without the right to be told of changes", |server| tracking_refused(server).boxed()),
         ("an instance has a connection to write, one for fan-out, one for each name of a group", |server| few(server).boxed()),
     ];
-    let arguments = Arguments::from_args();
-    let required = std::env::var("PUBSUB_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name.trim() == "redis"));
-    let installed = server::is_installed();
-    let trials = tests.iter().map(|&(name, test)| {
-        let trial = Trial::test(name, move || {
-            if !installed {
-                return Err(Failed::from("redis is required, and `redis-server` is not installed"));
-            }
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-            let server = Arc::new(Server::start()?);
-            runtime.block_on(async { timeout(2 * PATIENCE, test(server)).await.map_err(|_| Failed::from("takes too long")) })
-        });
-        trial.with_ignored_flag(!installed && !required)
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let with_server = |test: Test| move || async move { test(Arc::new(Server::start().unwrap())).await }.boxed();
+    trials::run(tests.iter().map(|&(name, test)| (name, with_server(test))), 2 * PATIENCE)
 }
 
 fn builder(url: &str) -> RedisBuilder {

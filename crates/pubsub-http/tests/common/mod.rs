@@ -200,14 +200,31 @@ impl Stream {
         kinds
     }
 
+    /// Waits for so many heartbeats, before which no event comes.
+    pub(crate) async fn heartbeats(&mut self, count: usize) {
+        let due = self.comments + count;
+        while self.comments < due {
+            let block = soon("a heartbeat", self.read_block()).await.expect("it goes on");
+            assert_eq!(self.parse(&block), None);
+        }
+    }
+
     async fn read_event(&mut self) -> Option<Message> {
         loop {
-            while let Some((block, rest)) = self.text.split_once("\n\n") {
+            let block = self.read_block().await?;
+            if let Some(message) = self.parse(&block) {
+                return Some(message);
+            }
+        }
+    }
+
+    /// What comes up to the next empty line; none at the end.
+    async fn read_block(&mut self) -> Option<String> {
+        loop {
+            if let Some((block, rest)) = self.text.split_once("\n\n") {
                 let (block, rest) = (block.to_owned(), rest.to_owned());
                 self.text = rest;
-                if let Some(message) = self.parse(&block) {
-                    return Some(message);
-                }
+                return Some(block);
             }
             if !self.read_chunk().await {
                 assert_eq!(self.text, "", "half an event");

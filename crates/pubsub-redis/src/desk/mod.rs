@@ -63,8 +63,8 @@ struct State {
     in_read: bool,
     /// Whether there may be more to read than came last, or something may have been lost before it.
     behind: bool,
-    /// When it was read last.
-    last_read: Option<Instant>,
+    /// When the last read of it ended.
+    read_ended: Option<Instant>,
     /// There may be something that nobody holds. Nothing new is read before that was looked for.
     claim: bool,
     /// Somebody is taking something over, or finding out what an answer that got lost had said.
@@ -211,8 +211,6 @@ impl Desk {
             let mut state = self.state.lock();
             let number = state.next_member;
             state.next_member += 1;
-            // Nobody read for the group meanwhile, however short that was: what was trimmed in between is to be told.
-            state.behind |= state.members.values().all(|member| member.left);
             state.members.insert(number, Member { options: Arc::new(options), held: 0, waker: None, left: false });
             let sweep = Instant::now() + self.sweep_interval();
             state.sweep_at.get_or_insert(sweep);
@@ -293,8 +291,11 @@ impl Desk {
         let mut state = self.state.lock();
         let count = state.wants(self.local().room());
         state.in_read = count.is_some();
-        let stale = state.last_read.is_none_or(|last| last.elapsed() > self.node.options().linger);
-        count.map(|count| (count, state.behind || stale))
+        // Between two reads that follow each other nothing is trimmed unseen. It may be while nothing is wanted, however short that is,
+        // and while this process stands still.
+        let stood_still = state.read_ended.is_none_or(|ended| ended.elapsed() > self.node.options().linger);
+        state.behind |= count.is_none() || stood_still;
+        count.map(|count| (count, state.behind))
     }
 
     /// Whether a read that includes this group is under way.
@@ -304,7 +305,14 @@ impl Desk {
 
     /// The read that included this group is over.
     pub(crate) fn read_ended(&self) {
-        self.state.lock().in_read = false;
+        let mut state = self.state.lock();
+        state.in_read = false;
+        state.read_ended = Some(Instant::now());
+    }
+
+    /// A read of it has failed: the next one is to tell what was lost.
+    pub(crate) fn read_failed(&self) {
+        self.state.lock().behind = true;
     }
 
     /// So much was trimmed away before this group had read or settled it.
@@ -322,7 +330,6 @@ impl Desk {
         {
             let mut state = self.state.lock();
             state.behind = entries.len() >= asked;
-            state.last_read = Some(Instant::now());
             state.lost += lost;
             state.counts.lagged += lost;
             if let Some(last) = entries.last() {

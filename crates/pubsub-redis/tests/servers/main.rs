@@ -13,18 +13,18 @@ mod server;
 mod store;
 mod storm;
 mod support;
+#[path = "../common/trials.rs"]
+mod trials;
+mod writer;
 
-use std::future::Future;
-use std::pin::Pin;
 use std::process::ExitCode;
 
 use futures::FutureExt;
-use libtest_mimic::{Arguments, Failed, Trial};
-use tokio::time::timeout;
+use futures::future::BoxFuture;
 
 use self::support::PATIENCE;
 
-type Test = fn() -> Pin<Box<dyn Future<Output = ()> + Send>>;
+type Test = fn() -> BoxFuture<'static, ()>;
 
 fn main() -> ExitCode {
     if let Ok(job) = std::env::var(processes::JOB) {
@@ -39,6 +39,11 @@ fn main() -> ExitCode {
         ("store: keys that the server evicts are told as lost", || store::evicted().boxed()),
         ("store: a live one on another connection is replayed from", || store::across_instances().boxed()),
         ("storm: connections are cut, reset and delayed, and nothing is lost or doubled", || storm::weathered().boxed()),
+        ("writer: what waits goes out, however it falls into calls", || writer::crowded().boxed()),
+        ("writer: a topic that cannot be written to holds up no other", || writer::one_bad_topic().boxed()),
+        ("groups: what is trimmed while a member is busy is told, however short that was", || {
+            quiet::trimmed_while_busy().boxed()
+        }),
         ("processes: members are killed and paused, the server is restarted, and nothing is lost", || {
             processes::killed_and_paused().boxed()
         }),
@@ -54,18 +59,5 @@ fn main() -> ExitCode {
         ("logs: what operators need is told, in measure, and without credentials", || quiet::told().boxed()),
         ("inspection: retained, waiting, held, oldest and members", || quiet::inspected().boxed()),
     ];
-    let arguments = Arguments::from_args();
-    let required = std::env::var("PUBSUB_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name.trim() == "redis"));
-    let installed = server::is_installed();
-    let trials = tests.iter().map(|&(name, test)| {
-        let trial = Trial::test(name, move || {
-            if !installed {
-                return Err(Failed::from("redis is required, and `redis-server` is not installed"));
-            }
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-            runtime.block_on(async { timeout(3 * PATIENCE, test()).await.map_err(|_| Failed::from("takes too long")) })
-        });
-        trial.with_ignored_flag(!installed && !required)
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    trials::run(tests.iter().copied(), 3 * PATIENCE)
 }

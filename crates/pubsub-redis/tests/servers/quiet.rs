@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use pubsub_cache::ServerCache;
-use pubsub_core::{Bus, Event, Status, TrimFilter};
+use pubsub_core::{Bus, Event, PublishOptions, Status, TrimFilter};
 use pubsub_redis::{RedisServer, RedisServerCache};
 use tokio::time::sleep;
 
@@ -120,6 +120,42 @@ async fn work(log: &Log) {
     bus.close(PATIENCE).await.unwrap();
     let logged = log.text();
     assert!(!logged.contains(SECRET) && !said.contains(SECRET), "a secret is told: {said}\n{logged}");
+}
+
+pub(crate) async fn trimmed_while_busy() {
+    const EVENTS: u64 = 115;
+    let server = start();
+    let bus = connect(at(server.address)).await;
+    let mut member = bus.subscribe_with("t", group("g").prefetch(16)).await.unwrap();
+    let publish = async |range: std::ops::Range<u64>| {
+        let events: Vec<_> = range.map(|number| Arc::new(Event::new(number.to_string()))).collect();
+        bus.publish_with("t", &events, PublishOptions::new()).await.unwrap();
+    };
+    let taken_ahead = async |count: u64| {
+        let pending = || async { server.ask(&["XPENDING", STREAM, "g"]).unwrap().list()[0].number() == count };
+        until("it is taken ahead", pending).await;
+    };
+    // A member that is quick is read ahead for.
+    publish(0..64).await;
+    for _ in 0..64 {
+        next(&mut member).await.done().await;
+    }
+    // Read to the end of what there is, twice; then there is enough at hand, and nothing is read.
+    publish(64..70).await;
+    taken_ahead(6).await;
+    publish(70..75).await;
+    taken_ahead(11).await;
+    publish(75..EVENTS).await;
+    server.ask(&["XTRIM", STREAM, "MAXLEN", "5"]).unwrap();
+    let (mut due, mut lost) = (64, 0);
+    while due < EVENTS {
+        let delivery = next(&mut member).await;
+        let is: u64 = delivery.event().event_type().parse().unwrap();
+        (due, lost) = (due + delivery.lagged() + 1, lost + delivery.lagged());
+        assert_eq!(due, is + 1, "missing without being told, or told wrongly");
+        delivery.done().await;
+    }
+    assert_eq!(lost, EVENTS - 5 - 75);
 }
 
 pub(crate) async fn inspected() {

@@ -1,7 +1,8 @@
-//! Load through a proxy that cuts, resets and delays connections.
+//! Load through a proxy that cuts, resets and delays connections, on a server that forgets its scripts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -93,7 +94,7 @@ pub(crate) fn judge_handled(handled: &BTreeMap<String, Vec<u32>>, written: &[Str
 
 pub(crate) async fn weathered() {
     let seed = seed();
-    let server = start();
+    let server = Arc::new(start());
     let proxy = Proxy::start(server.address, seed).await.unwrap();
     let mut buses = Vec::new();
     for _ in 0..4 {
@@ -115,6 +116,16 @@ pub(crate) async fn weathered() {
     }));
 
     proxy.storm(true);
+    let over = Arc::new(AtomicBool::new(false));
+    let forgetting = {
+        let (server, over) = (server.clone(), over.clone());
+        tokio::task::spawn_blocking(move || {
+            while !over.load(Ordering::Acquire) {
+                server.ask(&["SCRIPT", "FLUSH"]).unwrap();
+                std::thread::sleep(Duration::from_millis(5)); // long enough for somebody to make a script known again
+            }
+        })
+    };
     let publishing = (0..PUBLISHERS).map(|publisher| {
         let bus = buses[publisher % 2].clone();
         tokio::spawn(async move {
@@ -132,10 +143,16 @@ pub(crate) async fn weathered() {
         sent.merge(of_one);
     }
     proxy.storm(false);
+    over.store(true, Ordering::Release);
+    forgetting.await.unwrap();
     assert!(proxy.cuts() > 10, "{} cuts are no storm", proxy.cuts());
 
     let written = written(&server);
     sent.judge(&written);
+    for publisher in 0..PUBLISHERS {
+        let own = written.iter().filter_map(|event| event.strip_prefix(&format!("{publisher}."))?.parse::<usize>().ok());
+        assert!(own.is_sorted(), "the order of publisher {publisher}");
+    }
     assert!(sent.confirmed.len() > PUBLISHERS * CALLS, "{} confirmed, {} unknown", sent.confirmed.len(), sent.unknown.len());
     for handled in groups.values() {
         let all = || async { written.iter().all(|event| handled.lock().contains_key(event)) };
