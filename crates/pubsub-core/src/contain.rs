@@ -1,8 +1,11 @@
 //! Calling code that is not ours: a panic of it ends where it was called.
 
 use std::any::Any;
+use std::future::Future;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use futures::FutureExt;
 
 /// Calls code that is not ours.
 ///
@@ -12,8 +15,17 @@ pub fn contain<T>(run: impl FnOnce() -> T) -> Result<T, Box<str>> {
     catch_unwind(AssertUnwindSafe(run)).map_err(said)
 }
 
+/// Calls an async function that is not ours, which may panic before there is a future as well as after. Cancel safe as far as that
+/// function is.
+///
+/// # Errors
+/// What it said when it panicked.
+pub async fn contain_async<F: Future>(start: impl FnOnce() -> F) -> Result<F::Output, Box<str>> {
+    AssertUnwindSafe(contain(start)?).catch_unwind().await.map_err(said)
+}
+
 /// What a panic said. What it carried is let go of here; its destructor is no more ours than what panicked, and may panic in turn.
-pub(crate) fn said(panic: Box<dyn Any + Send>) -> Box<str> {
+fn said(panic: Box<dyn Any + Send>) -> Box<str> {
     let text = match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
         (Some(text), _) => Box::from(*text),
         (None, Some(text)) => Box::from(text.as_str()),

@@ -1,19 +1,18 @@
 //! Handlers: running them over a subscription and settling by their outcome.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::future::{CatchUnwind, OptionFuture};
+use futures::future::OptionFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, Stream, StreamExt};
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 
-use crate::contain::{contain, said};
+use crate::contain::contain_async;
 use crate::{Cursor, Data, Delivery, Error, Event, Receipt, Result, Settled, Settlement, Subscription};
 
 /// The most settlements whose receipts a runner leaves open before it takes more work.
@@ -291,18 +290,13 @@ pub(crate) async fn supervise<Fut>(start: impl FnOnce() -> Fut, deliveries: &[De
 where
     Fut: Future<Output = Result<(), Failure>>,
 {
-    // The handler's own call may panic before there is a future.
-    let handler = match contain(start) {
-        Ok(future) => AssertUnwindSafe(future).catch_unwind(),
-        Err(text) => return Ended::Failed(panicked(&text)),
-    };
-    let mut handler: Pin<&mut CatchUnwind<_>> = pin!(handler);
+    let mut handler = pin!(contain_async(start));
     let mut clock = pin!(OptionFuture::from(timeout.map(tokio::time::sleep)));
     std::future::poll_fn(|cx| {
         if let Poll::Ready(result) = handler.as_mut().poll(cx) {
             return Poll::Ready(match result {
                 Ok(returned) => Ended::Returned(returned),
-                Err(panic) => Ended::Failed(panicked(&said(panic))),
+                Err(panic) => Ended::Failed(panicked(&panic)),
             });
         }
         if deliveries.iter().any(|delivery| delivery.poll_revoked(cx).is_ready()) {

@@ -22,7 +22,7 @@ pub trait Source: Send {
     ///
     /// `mode` says who settles: with [`AckMode::Auto`] the delivery is done by being handed over and comes as
     /// [`Delivery::settled`]. It may change between calls. A source that is ready again and again must yield to its
-    /// runtime now and then (`tokio::task::coop`).
+    /// runtime now and then ([`poll_yield`](crate::machinery::poll_yield)).
     fn poll_next(&mut self, cx: &mut Context<'_>, mode: AckMode) -> Poll<Option<Result<Delivery>>>;
 }
 

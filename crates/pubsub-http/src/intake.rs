@@ -1,7 +1,6 @@
 //! Taking in what others push: a handler behind a URL.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,9 +9,9 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::StatusCode;
+use pubsub_core::machinery::contain_async;
 use pubsub_core::{Event, Failure, Result, Timestamp};
 use tokio::sync::Semaphore;
 
@@ -277,14 +276,12 @@ impl Shared {
 
     async fn run(&self, pushed: Pushed) -> Result<(), Failure> {
         let event = pushed.event.clone();
-        let handled = AssertUnwindSafe((self.handler)(pushed)).catch_unwind();
+        let handled = contain_async(|| (self.handler)(pushed));
         match tokio::time::timeout(self.limits.handler_timeout, handled).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(panic)) => {
-                tracing::error!(event = %event.id(), "a handler of pushed events panicked");
-                // What it carries may panic again when it is dropped.
-                std::mem::forget(panic);
-                Err(Failure::retry("the handler panicked"))
+                tracing::error!(event = %event.id(), %panic, "a handler of pushed events panicked");
+                Err(Failure::retry("the handler panicked")) // what it said is no business of the sender's
             }
             Err(_) => Err(Failure::retry(format!("the handler ran longer than {:?}", self.limits.handler_timeout))),
         }

@@ -118,6 +118,7 @@ async fn a_handler_that_hangs_or_panics_is_a_retry_and_too_many_are_told_to_come
     let begun = hanging.clone();
     let handler = move |pushed: Pushed| {
         let begun = begun.clone();
+        assert_ne!(pushed.event().event_type(), "panics at once", "on purpose");
         async move {
             match pushed.event().event_type() {
                 "hangs" => {
@@ -137,8 +138,10 @@ async fn a_handler_that_hangs_or_panics_is_a_retry_and_too_many_are_told_to_come
     });
     assert_eq!((hung.status, hung.header("pubsub-settle")), (503, Some("retry")));
     assert_eq!((busy.status, busy.header("retry-after")), (503, Some("1")));
-    let panicked = server.post_json("/", r#"{"type":"panics"}"#).await;
-    assert_eq!((panicked.status, &panicked.json()["detail"]), (503, &json!("the handler panicked")));
+    for body in [r#"{"type":"panics"}"#, r#"{"type":"panics at once"}"#] {
+        let panicked = server.post_json("/", body).await;
+        assert_eq!((panicked.status, &panicked.json()["detail"]), (503, &json!("the handler panicked")));
+    }
     assert_eq!(server.post_json("/", r#"{"type":"fine"}"#).await.status, 204);
 }
 

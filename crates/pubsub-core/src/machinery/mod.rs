@@ -18,5 +18,5 @@ pub use retry_queue::RetryQueue;
 pub use settle_queue::{OpenSettlement, SettleQueue};
 pub use timer::{Due, Timer};
 
-pub use crate::contain::contain;
+pub use crate::contain::{contain, contain_async};
 pub use crate::delivery::Indexed;
