@@ -8,7 +8,6 @@
 //! of its own wherever the bus reaches other processes. On a bus that does not, it is a thread with a runtime of its own, which can be
 //! killed and paused in the same way. With a role it is such a worker and nothing else: start as many by hand as you like.
 
-use std::error::Error as _;
 use std::fmt::Display;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
@@ -56,12 +55,7 @@ where
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            let (mut text, mut cause) = (error.to_string(), error.source());
-            while let Some(because) = cause {
-                text = format!("{text}: {because}");
-                cause = because.source();
-            }
-            eprintln!("{text}");
+            eprintln!("{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -311,6 +305,8 @@ pub async fn next(
 
 #[cfg(test)]
 mod tests {
+    use std::error::Error as _;
+
     use super::*;
 
     #[tokio::test]

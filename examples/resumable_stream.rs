@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use pubsub_core::{Bus, Capability, Cursor, Event, EventId, Result, Subscription, Topic};
+use pubsub_core::{Bus, Capability, Cursor, ErrorKind, Event, EventId, Result, Subscription, Topic};
 
 const TEXT: &str = "A stream that outlives its connections is one whose events have places. The producer numbers them as it goes, \
 a store keeps them for a while, and whoever was cut off says where it was. What it missed comes first, then what is new, and the \
@@ -25,8 +25,10 @@ async fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("resumable_stream: {error}");
-            eprintln!("It needs a bus that keeps a history, such as memory:?replay=memory");
+            eprintln!("resumable_stream: {error:#}");
+            if matches!(error.kind(), ErrorKind::Unsupported(_)) {
+                eprintln!("It needs a bus that keeps a history, such as memory:?replay=memory");
+            }
             ExitCode::FAILURE
         }
     }

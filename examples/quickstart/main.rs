@@ -45,7 +45,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 #[tokio::main]
 async fn main() -> ExitCode {
     run().await.unwrap_or_else(|error| {
-        complain(&format!("quickstart: {error}"));
+        complain(&format!("quickstart: {error:#}"));
         ExitCode::FAILURE
     })
 }

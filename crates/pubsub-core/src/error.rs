@@ -14,6 +14,8 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;
 
 /// An error of a bus: what kind it is, during which operation, on what, and its cause.
 ///
+/// Displayed, it says what failed; with `{:#}` also why, cause by cause.
+///
 /// Match on [`kind`](Error::kind); ask [`is_retryable`](Error::is_retryable) whether the same call can succeed later.
 pub struct Error(Box<Inner>);
 
@@ -186,7 +188,13 @@ impl fmt::Display for Error {
         } else if let Some(subject) = &self.0.subject {
             write!(f, "{subject:?}: ")?;
         }
-        write!(f, "{}", self.0.kind)
+        write!(f, "{}", self.0.kind)?;
+        let mut cause = std::error::Error::source(self).filter(|_| f.alternate());
+        while let Some(because) = cause {
+            write!(f, ": {because}")?;
+            cause = because.source();
+        }
+        Ok(())
     }
 }
 
@@ -292,6 +300,9 @@ mod tests {
         let error = Error::new(ErrorKind::Full).during("publish").on("orders").during("ignored");
         assert_eq!(error.to_string(), r#"publish on "orders": a subscriber's queue stayed full"#);
         assert!(error.is_retryable());
+        let because = error.caused_by(Error::new(ErrorKind::Unavailable).caused_by(std::io::Error::other("no route")));
+        assert_eq!(because.to_string(), r#"publish on "orders": a subscriber's queue stayed full"#);
+        assert_eq!(format!("{because:#}"), format!("{because}: unavailable: no route"));
     }
 
     #[test]
