@@ -105,7 +105,6 @@ async fn work(log: &Log) {
     member = bus.subscribe_with("t", group("g")).await.unwrap();
     assert_eq!(next(&mut member).await.lagged(), 15);
     assert_eq!(log.count("were trimmed away before a group had read them"), 1, "{}", log.text());
-    assert!(log.text().contains("count=15"), "{}", log.text());
 
     // A server that comes and goes.
     let status = bus.status();
