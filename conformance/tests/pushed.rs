@@ -1,17 +1,9 @@
 //! Pushes out and in, joined: held to the properties of groups and of settlement.
 
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
-
-use pubsub_conformance::harnesses::{EmitterHarness, PushedHarness, SlowRemoteHarness};
-use pubsub_conformance::main_of;
-
-/// What an answer to a request cannot say, and the properties that need it said.
-const UNSAYABLE: &[&str] = &[];
 
 fn main() -> ExitCode {
-    let emitter = PushedHarness::over(Arc::new(EmitterHarness::plain()));
-    let slow_remote = PushedHarness::over(Arc::new(SlowRemoteHarness::new(0x8)));
-    let of_push = |id: &str| (id.starts_with("GR-") || id.starts_with("AK-")) && !UNSAYABLE.contains(&id);
-    main_of(|property| of_push(property.id()), [Arc::new(emitter) as _, Arc::new(slow_remote) as _])
+    let expectations = Path::new(env!("CARGO_MANIFEST_DIR")).join("expectations");
+    pubsub_conformance::main(Some(&expectations), pubsub_conformance::harnesses::pushed())
 }

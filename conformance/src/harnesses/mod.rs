@@ -43,7 +43,13 @@ pub fn all() -> Vec<Arc<dyn Harness>> {
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     let cluster = Arc::new(RedisClusterHarness::default()) as Arc<dyn Harness>;
     let tongues = [Tongues::Lines, Tongues::Mixed, Tongues::Mastra].map(|tongues| Arc::new(TonguesHarness::new(tongues)) as _);
-    backends.into_iter().chain([cluster]).chain(tongues).chain(cached).chain(cached_on_redis()).collect()
+    backends.into_iter().chain([cluster]).chain(tongues).chain(cached).chain(cached_on_redis()).chain(pushed()).collect()
+}
+
+/// Pushes over HTTP from the bus within the process, and from the slow remote.
+pub fn pushed() -> [Arc<dyn Harness>; 2] {
+    let buses: [Arc<dyn Harness>; 2] = [Arc::new(EmitterHarness::plain()), Arc::new(SlowRemoteHarness::new(SEED))];
+    buses.map(|bus| Arc::new(PushedHarness::over(bus)) as _)
 }
 
 /// The replay decorator with the store on Redis, over the bus within the process and over that on Redis.

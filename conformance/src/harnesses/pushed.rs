@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::FutureExt;
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use pubsub_core::{
@@ -69,7 +70,8 @@ impl Harness for PushedHarness {
     }
 
     fn timing(&self) -> Timing {
-        self.inner.timing().scaled(2.0)
+        // Two ends make it slower; how soon a member counts as dead is the bus's affair.
+        Timing { reclaim: self.inner.timing().reclaim, ..self.inner.timing().scaled(2.0) }
     }
 
     fn spans_instances(&self) -> bool {
@@ -78,6 +80,14 @@ impl Harness for PushedHarness {
 
     fn confirms(&self) -> bool {
         self.inner.confirms()
+    }
+
+    fn lacks(&self, property: &str) -> Option<&str> {
+        match property.split_once('-') {
+            _ if property == "AK-30" => Some("an answer says how a delivery ends; that it goes on cannot be said"),
+            Some(("GR" | "AK", _)) => self.inner.lacks(property),
+            _ => Some("pushing is about groups and settlement; the rest is that of the bus which is pushed from"),
+        }
     }
 
     fn probe(&self) -> Option<&dyn Probe> {
@@ -109,7 +119,7 @@ impl PubSub for PushedBus {
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         let mut below = options.clone().ack_mode(AckMode::Manual);
-        below.filter = None; // it is the consumer's, at the other end
+        (below.filter, below.retry.handler_timeout) = (None, None); // they are the consumer's, at the other end
         let subscription = self.0.subscribe(topic, below).await?;
         let failed = |error: &dyn fmt::Display| Error::new(ErrorKind::Backend(error.to_string().into()));
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(|error| failed(&error))?;
@@ -145,7 +155,7 @@ impl PubSub for PushedBus {
             let _ = futures::join!(serving, pushing);
         });
         let decisions = Decisions { shared, open: Mutex::default(), numbers: AtomicU64::new(0) };
-        let arrivals = Arrivals { handed, decisions: Arc::new(decisions) };
+        let arrivals = Arrivals { handed, decisions: Arc::new(decisions), settling: None };
         Ok(Subscription::new(topic.clone(), options, Box::new(arrivals), control))
     }
 
@@ -295,6 +305,8 @@ impl Settler for Tap {
 struct Arrivals {
     handed: mpsc::UnboundedReceiver<Arrival>,
     decisions: Arc<Decisions>,
+    /// What is settled by being handed over, until it is settled below.
+    settling: Option<(Pushed, oneshot::Receiver<Settled>)>,
 }
 
 /// Where a consumer's decisions go.
@@ -312,17 +324,32 @@ impl Source for Arrivals {
             if shared.stopped.load(Ordering::SeqCst) {
                 return Poll::Ready(None);
             }
+            if let Some((pushed, settled)) = &mut self.settling {
+                let settled = ready!(settled.poll_unpin(cx));
+                let delivery = Delivery::settled(pushed.event().clone(), pushed.attempt());
+                self.settling = None;
+                if settled != Ok(Settled::TooLate) {
+                    return Poll::Ready(Some(Ok(delivery)));
+                }
+            }
             match self.handed.poll_recv(cx) {
                 Poll::Ready(None) => return Poll::Ready(None),
                 Poll::Ready(Some(Arrival { pushed, taken, decide })) => {
                     if taken.send(()).is_err() {
                         continue; // it was given back
                     }
-                    let (event, attempt) = (pushed.event().clone(), pushed.attempt());
                     if mode == AckMode::Auto {
-                        let _ = decide.send(Settlement::Done); // revoked meanwhile is handed over all the same
-                        return Poll::Ready(Some(Ok(Delivery::settled(event, attempt))));
+                        let key = (pushed.event().id().clone(), pushed.attempt());
+                        let (tell, settled) = oneshot::channel();
+                        shared.receipts.lock().insert(key.clone(), tell);
+                        if decide.send(Settlement::Done).is_ok() {
+                            self.settling = Some((pushed, settled));
+                        } else {
+                            shared.receipts.lock().remove(&key); // it was lost, and goes to another
+                        }
+                        continue;
                     }
+                    let (event, attempt) = (pushed.event().clone(), pushed.attempt());
                     let number = self.decisions.numbers.fetch_add(1, Ordering::Relaxed);
                     self.decisions.open.lock().insert(number, ((event.id().clone(), attempt), decide));
                     return Poll::Ready(Some(Ok(Delivery::held(event, attempt, self.decisions.clone(), number))));

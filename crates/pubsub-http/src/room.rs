@@ -1,20 +1,20 @@
 //! What the streams of one topic share: the text of each event, which is written once for all of them.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use parking_lot::Mutex;
 use pubsub_core::{Cursor, Delivery, Event, Result, Topic, wire};
 
 use crate::sse;
 
 /// How many texts a topic's streams share at a time.
-const SHARED: usize = 256;
+const SHARED: usize = 512;
 
 /// The longest text that is shared: longer ones cost more to keep than to write.
-const MAX_SHARED_BYTES: usize = 16 << 10;
+const MAX_SHARED_BYTES: usize = 8 << 10;
 
 /// The topics that are followed just now.
 #[derive(Debug, Default)]
@@ -60,10 +60,11 @@ impl Drop for Seat {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Room {
     seats: AtomicUsize,
-    texts: Box<[Mutex<Option<Text>>]>,
+    /// None before there is somebody to share with.
+    texts: OnceLock<Box<[Mutex<Option<Text>>]>>,
 }
 
 #[derive(Debug)]
@@ -71,13 +72,7 @@ struct Text {
     /// Held, so that no other event can come to lie at its address.
     event: Arc<Event>,
     cursor: Option<Cursor>,
-    text: Bytes,
-}
-
-impl Default for Room {
-    fn default() -> Self {
-        Self { seats: AtomicUsize::new(0), texts: (0..SHARED).map(|_| Mutex::default()).collect() }
-    }
+    text: Box<[u8]>,
 }
 
 impl Room {
@@ -92,16 +87,14 @@ impl Room {
             return Ok(());
         }
         let shared = self.slot(event);
-        let known = shared.lock().as_ref().filter(|text| text.is_of(event, cursor)).map(|text| text.text.clone());
-        if let Some(text) = known {
-            out.extend_from_slice(&text);
+        if let Some(text) = shared.lock().as_ref().filter(|text| text.is_of(event, cursor)) {
+            out.extend_from_slice(&text.text);
             return Ok(());
         }
         let begin = out.len();
         sse::message(out, cursor, &wire::encode(event)?);
         if out.len() - begin <= MAX_SHARED_BYTES {
-            let text = Bytes::copy_from_slice(&out[begin..]);
-            let text = Text { event: event.clone(), cursor: cursor.cloned(), text };
+            let text = Text { event: event.clone(), cursor: cursor.cloned(), text: out[begin..].into() };
             let before = shared.lock().replace(text);
             drop(before);
         }
@@ -111,7 +104,8 @@ impl Room {
     fn slot(&self, event: &Arc<Event>) -> &Mutex<Option<Text>> {
         // Fibonacci hashing: the low bits of an address are alike, the high bits of the product are not.
         let address = Arc::as_ptr(event).addr() as u64;
-        &self.texts[(address.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize % SHARED]
+        let texts = self.texts.get_or_init(|| (0..SHARED).map(|_| Mutex::default()).collect());
+        &texts[(address.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize % SHARED]
     }
 }
 

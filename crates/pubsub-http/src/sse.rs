@@ -41,11 +41,16 @@ fn write_id(out: &mut BytesMut, id: impl Display) {
 
 /// Any end of line begins another line of data. In JSON line ends stand between tokens only, so that which they are does not matter.
 fn data(out: &mut BytesMut, json: &[u8]) {
-    for line in json.split(|byte| matches!(byte, b'\n' | b'\r')) {
+    let mut line = |line: &[u8]| {
         out.put_slice(b"data: ");
         out.put_slice(line);
         out.put_u8(b'\n');
+    };
+    // Nearly always it is one line, and looking for a byte is faster than looking at each.
+    if !json.contains(&b'\n') && !json.contains(&b'\r') {
+        return line(json);
     }
+    json.split(|byte| matches!(byte, b'\n' | b'\r')).for_each(line);
 }
 
 #[cfg(test)]
