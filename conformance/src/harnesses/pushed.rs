@@ -28,6 +28,9 @@ use crate::{Faults, Harness, Probe, Raw, Timing};
 /// How long what was pushed waits for a consumer that had asked for it. Then it is given back, uncounted.
 const UNASKED: Duration = Duration::from_millis(20);
 
+/// The number of no delivery.
+const NOTHING: u64 = u64::MAX;
+
 /// More requests at once than any property has deliveries in hand.
 const MANY: usize = 1 << 14;
 
@@ -134,6 +137,7 @@ impl PubSub for PushedBus {
         let shared = Arc::new(Shared {
             below: subscription.handle(),
             asked: AtomicBool::new(false),
+            travelling: AtomicU64::new(NOTHING),
             stopped: AtomicBool::new(false),
             pusher: AtomicWaker::new(),
             consumer: AtomicWaker::new(),
@@ -220,6 +224,8 @@ struct Shared {
     below: SubscriptionHandle,
     /// The consumer asks for one more.
     asked: AtomicBool,
+    /// The delivery that has neither been taken by the consumer nor given back: no other is pushed beside it, which could overtake it.
+    travelling: AtomicU64,
     stopped: AtomicBool,
     pusher: AtomicWaker,
     consumer: AtomicWaker,
@@ -233,6 +239,17 @@ impl Shared {
         self.below.stop();
         self.pusher.wake();
         self.consumer.wake();
+    }
+
+    /// Whether the next may be pushed.
+    fn wants(&self) -> bool {
+        let asked = self.asked.load(Ordering::SeqCst) && self.travelling.load(Ordering::SeqCst) == NOTHING;
+        asked || self.stopped.load(Ordering::SeqCst)
+    }
+
+    fn arrived(&self) {
+        self.travelling.store(NOTHING, Ordering::SeqCst);
+        self.pusher.wake();
     }
 }
 
@@ -253,7 +270,7 @@ struct Tap {
 impl Source for Gate {
     fn poll_next(&mut self, cx: &mut Context<'_>, _: AckMode) -> Poll<Option<Result<Delivery>>> {
         self.shared.pusher.register(cx.waker());
-        if !self.shared.asked.load(Ordering::SeqCst) && !self.shared.stopped.load(Ordering::SeqCst) {
+        if !self.shared.wants() {
             return Poll::Pending;
         }
         let next = ready!(self.source.poll_next(cx, AckMode::Manual));
@@ -267,6 +284,7 @@ impl Tap {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let held = Delivery::held(delivery.event().clone(), delivery.attempt(), self.clone(), number);
         self.deliveries.lock().insert(number, delivery);
+        self.shared.travelling.store(number, Ordering::SeqCst);
         held
     }
 }
@@ -276,6 +294,9 @@ impl Settler for Tap {
         let Some(delivery) = self.deliveries.lock().remove(&number) else { return Receipt::ready(Settled::TooLate) };
         let key = (delivery.event().id().clone(), delivery.attempt());
         let receipt = delivery.settle(settlement);
+        if self.shared.travelling.load(Ordering::SeqCst) == number {
+            self.shared.arrived(); // back
+        }
         let Some(waiting) = self.shared.receipts.lock().remove(&key) else { return receipt };
         if let Some(settled) = receipt.now() {
             let _ = waiting.send(settled); // nobody may want to know
@@ -336,8 +357,9 @@ impl Source for Arrivals {
                 Poll::Ready(None) => return Poll::Ready(None),
                 Poll::Ready(Some(Arrival { pushed, taken, decide })) => {
                     if taken.send(()).is_err() {
-                        continue; // it was given back
+                        continue; // it is given back
                     }
+                    shared.arrived();
                     if mode == AckMode::Auto {
                         let key = (pushed.event().id().clone(), pushed.attempt());
                         let (tell, settled) = oneshot::channel();
