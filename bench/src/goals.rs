@@ -38,6 +38,10 @@ const fn of_unix(setting: &'static str, against: Against, ratio: f64) -> Goal {
     Goal { backend: crate::unix::BACKEND, setting, against, ratio }
 }
 
+const fn of_http(setting: &'static str, ratio: f64) -> Goal {
+    Goal { backend: crate::http::BACKEND, setting, against: Against::Limit, ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
 
 const NATS: Against = Against::Party("nats");
@@ -72,6 +76,9 @@ const GOALS: &[Goal] = &[
     of_unix("latency p50", Against::Limit, 1.3),
     of_unix("latency p50", NATS, 1.0),
     of_unix("takeover", Against::Figure(50_000.0), 1.0),
+    of_http("to 1 stream", 0.8),
+    of_http("to 100 streams", 0.8),
+    of_http("to 1000 streams", 0.8),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

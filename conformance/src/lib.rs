@@ -78,7 +78,7 @@ pub use expectation::Differences;
 pub use harness::{
     Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing, missing, single_instance,
 };
-pub use mimic::main;
+pub use mimic::{main, main_of};
 pub use properties::registry;
 pub use property::{Mismatch, Need, Outcome, Property, Verdict, omitted, property};
 pub use suite::{PropertyReport, Report, Suite};

@@ -8,7 +8,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::harness::missing;
 use crate::suite::{AT_A_TIME, Settings, execute};
-use crate::{Harness, Outcome, expectation, registry};
+use crate::{Harness, Outcome, Property, expectation, registry};
 
 /// Runs all properties over these harnesses as tests named `backend::ID title`, with the options of `cargo test`.
 ///
@@ -16,6 +16,19 @@ use crate::{Harness, Outcome, expectation, registry};
 /// not expected to be, or the reverse, or for another reason. Whether the others pass is theirs to say.
 /// `CONFORMANCE_BLESS=1` writes the files.
 pub fn main(expectations: Option<&Path>, harnesses: impl IntoIterator<Item = Arc<dyn Harness>>) -> ExitCode {
+    run(expectations, harnesses, &|_| true)
+}
+
+/// Runs the properties that `keep` wants over these harnesses, as [`main`](fn@main) does; for what is no whole bus.
+pub fn main_of(keep: impl Fn(&Property) -> bool, harnesses: impl IntoIterator<Item = Arc<dyn Harness>>) -> ExitCode {
+    run(None, harnesses, &keep)
+}
+
+fn run(
+    expectations: Option<&Path>,
+    harnesses: impl IntoIterator<Item = Arc<dyn Harness>>,
+    keep: &dyn Fn(&Property) -> bool,
+) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(AT_A_TIME);
     let settings = Settings::from_env();
@@ -39,7 +52,7 @@ pub fn main(expectations: Option<&Path>, harnesses: impl IntoIterator<Item = Arc
             // What is ignored for want of a server says nothing about what is expected with one.
             trials.push(expectation.with_ignored_flag(pointless));
         }
-        for property in registry() {
+        for property in registry().into_iter().filter(|property| keep(property)) {
             let ignored = property.ignored(&*harness);
             let reason = ignored.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
             let title = format!("{name}::{} {}{reason}", property.id(), property.title());

@@ -67,6 +67,7 @@ fn main() -> ExitCode {
 /// built once for all of them is set up here first.
 fn test() -> Outcome {
     install("redis", "redis-server", &["redis-server"])?;
+    install("chromium", "chromedriver", &["chromium", "chromium-driver"])?;
     interop::prepare()?;
     // The examples' tests run the built programs, which `cargo test --all-targets` builds only as tests.
     step::run("build examples", &mut cargo(["build", "--workspace", "--examples"]))?;
