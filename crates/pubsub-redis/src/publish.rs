@@ -1,7 +1,7 @@
 //! Writing to streams: one task, which carries what all publishers have handed in meanwhile.
 //!
 //! What goes to one stream together is one call of a script: all of it is added or nothing, and it also trims the stream and renews
-//! its time to live. Several calls may be on their way, those for one stream in their order. Each says who publishes and a number.
+//! its time to live. An event that goes alone needs none, if the stream is there and its time to live was renewed a short time ago. Several calls may be on their way, those for one stream in their order. Each says who publishes and a number.
 //! When the outcome of one is unknown nothing else is written until a script has found out whether its events are there and added
 //! them if not; the old connection is ended first, so that nothing of it can still arrive behind the script. So each event is
 //! written once, as long as the server lets connections be ended and knows the time to ten seconds.
@@ -17,6 +17,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use pubsub_core::Fate;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
@@ -37,6 +38,11 @@ const BYTES_TOGETHER: usize = 4 << 20;
 /// How many calls for one stream are on their way. A second one goes out before the first is answered if it has so many events.
 const ON_THEIR_WAY: usize = 4;
 const WORTH_SENDING: usize = 32;
+
+/// How long it is enough that the script has renewed a stream's time to live (a 64th of that, at most), and of how many streams that is
+/// known.
+const RENEWED_AFTER: Duration = Duration::from_secs(60);
+const RENEWED_MOST: usize = 4096;
 
 /// How far the server's clock may jump within a publish whose outcome is unknown.
 const CLOCK_SLACK: Duration = Duration::from_secs(10);
@@ -99,10 +105,15 @@ impl Writer {
         let not_sent = |fault| Failed::all(fault, Fate::NotSent, count);
         let (reply, answer) = oneshot::channel();
         let job = Job { stream, events, claimed: claimed.clone(), reply };
-        match timeout_at(until.min(Instant::now() + wait), self.0.send(job)).await {
-            Err(_) => return Err(not_sent(Fault::Full)),
-            Ok(Err(_)) => return Err(not_sent(Fault::Unknown("the connection was closed".into()))),
-            Ok(Ok(())) => {}
+        let closed = || Fault::Unknown("the connection was closed".into());
+        match self.0.try_send(job) {
+            Ok(()) => {}
+            Err(TrySendError::Closed(_)) => return Err(not_sent(closed())),
+            Err(TrySendError::Full(job)) => match timeout_at(until.min(Instant::now() + wait), self.0.send(job)).await {
+                Err(_) => return Err(not_sent(Fault::Full)),
+                Ok(Err(_)) => return Err(not_sent(closed())),
+                Ok(Ok(())) => {}
+            },
         }
         match timeout_at(until, answer).await {
             Ok(Ok(outcome)) => outcome,
@@ -182,29 +193,86 @@ impl Shared {
         if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
     }
 
-    fn words(&self, script: &Script, call: &Call) -> Cmd {
+    fn words(&self, script: &Script, stream: &str, number: u64, events: &[Bytes]) -> Cmd {
         let Retention { max_len, idle_ttl, .. } = self.retention;
-        let words = script.call(&[&call.stream]).arg(&*self.publisher).number(call.number);
+        let words = script.call(&[stream]).arg(&*self.publisher).number(number);
         let words = words.number(max_len).number(self.retention.least()).number(idle_ttl);
-        call.events.iter().fold(words, |words, event| words.arg(event.clone()))
+        events.iter().fold(words, |words, event| words.arg(event.clone()))
     }
 
     /// Adds the events of a call, by the script's hash or, if the server may not know it, in full.
     fn add(&self, call: &Call, in_full: bool) -> impl Future<Output = Result<Vec<EntryId>, Fault>> + Send + 'static {
-        let (words, link, count) = (self.words(&ADD, call), self.link.clone(), call.events.len());
+        let (words, link, count) =
+            (self.words(&ADD, &call.stream, call.number, &call.events), self.link.clone(), call.events.len());
         let words = if in_full { ADD.in_full(words) } else { words };
+        async move { ids(link.call(words).await?, count) }
+    }
+
+    /// Adds the one event of a call to a stream that is there, which costs the server a third of what the script does; where there is none,
+    /// by the script. Nothing else may be on its way to the stream.
+    fn add_alone(self: &Arc<Self>, call: &Call) -> impl Future<Output = Outcome> + Send + 'static {
+        let max_len = self.retention.max_len;
+        let mut adding = Cmd::new("XADD").key(&call.stream).arg("NOMKSTREAM");
+        if max_len > 0 {
+            adding = adding.arg("MAXLEN").arg("~").number(max_len);
+        }
+        let adding = call.events.iter().fold(adding.arg("*"), |adding, event| adding.arg("event").arg(event.clone()));
+        let adding = adding.arg("p").arg(&*self.publisher).arg("n").number(call.number);
+        let script = (self.clone(), call.stream.clone(), call.number, call.events.clone());
         async move {
-            let answer = match link.cluster() {
-                // Each node has its own scripts.
-                Some(_) if !in_full => link.eval(&ADD, words).await?,
-                _ => link.call(words).await?,
-            };
-            ids(answer, count)
+            let (shared, stream, number, events) = script;
+            match shared.link.call(adding).await? {
+                Value::Null => ids(shared.link.eval(&ADD, shared.words(&ADD, &stream, number, &events)).await?, 1),
+                id => Ok(vec![reply::id(&id)?]),
+            }
         }
     }
 
+    /// Adds the events of a call in a cluster, by a script that its node may not know. It waits for its own node alone: nothing else is on
+    /// its way to the stream.
+    async fn add_in_cluster(&self, call: &Call) -> Outcome {
+        let words = self.words(&ADD, &call.stream, call.number, &call.events);
+        match self.link.eval(&ADD, words).await.and_then(|answer| ids(answer, call.events.len())) {
+            // A key that has no node just now is going to have one.
+            Err(fault) if fault.is_unknown() || fault.is_elsewhere() => self.add_missing(call, None).await,
+            outcome => outcome,
+        }
+    }
+
+    /// Finds out what became of a call, and adds what it did not, for as long as there is patience. What the server called the connection
+    /// that it was sent on is given; the connections to the nodes of a cluster see to the end of those before them by themselves.
+    async fn add_missing(&self, call: &Call, mut sent_on: Option<&mut i64>) -> Outcome {
+        let (until, mut pause) = (call.sent + self.patience, Pause::new());
+        loop {
+            let fault = match self.try_add_missing(call, sent_on.as_deref_mut()).await {
+                Ok(ids) => return Ok(ids),
+                // Said of this attempt: what became of the first is as unknown as before.
+                Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
+                Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
+            };
+            let next = Instant::now() + pause.next();
+            if next >= until {
+                return Err(fault);
+            }
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    async fn try_add_missing(&self, call: &Call, sent_on: Option<&mut i64>) -> Outcome {
+        if let Some(known) = sent_on {
+            let id = self.link.id().await?;
+            if id != *known {
+                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
+                let _ = self.link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(*known)).await;
+                *known = id;
+            }
+        }
+        self.find_or_add(call).await
+    }
+
     async fn find_or_add(&self, call: &Call) -> Result<Vec<EntryId>, Fault> {
-        let words = self.words(&FIND_OR_ADD, call).number(millis(call.sent.elapsed() + CLOCK_SLACK));
+        let words =
+            self.words(&FIND_OR_ADD, &call.stream, call.number, &call.events).number(millis(call.sent.elapsed() + CLOCK_SLACK));
         ids(self.link.eval(&FIND_OR_ADD, words).await?, call.events.len())
     }
 }
@@ -247,15 +315,19 @@ struct Lane {
     /// Jobs, and what of them has not gone out; and how much that is.
     waiting: VecDeque<(u64, VecDeque<Bytes>)>,
     events: usize,
-    /// Calls that have no outcome yet.
+    /// Calls that have no outcome yet, and whether no other may join them.
     on_their_way: usize,
+    alone: bool,
     /// The greatest number that was certainly added.
     added: u64,
 }
 
 impl Lane {
     fn may_send(&self, on_their_way: usize) -> bool {
-        self.events > 0 && self.on_their_way < on_their_way && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
+        self.events > 0
+            && !self.alone
+            && self.on_their_way < on_their_way
+            && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
     }
 
     /// The next events that go together; none if whoever handed them in has given up.
@@ -306,6 +378,37 @@ impl Lane {
     }
 }
 
+/// When the script last looked after which stream: it need not for every event that goes alone.
+struct Renewed {
+    last: HashMap<Arc<str>, Instant>,
+    /// How long that is enough; none if the script has to see to every event.
+    within: Option<Duration>,
+}
+
+impl Renewed {
+    fn new(&Retention { max_age, idle_ttl, .. }: &Retention, in_cluster: bool) -> Self {
+        // In a cluster a key may move.
+        let is_needed = max_age.is_some() || in_cluster;
+        let within = if idle_ttl == 0 { RENEWED_AFTER } else { RENEWED_AFTER.min(Duration::from_millis(idle_ttl) / 64) };
+        Self { last: HashMap::new(), within: (!is_needed).then_some(within) }
+    }
+
+    fn is_fresh(&self, stream: &str) -> bool {
+        self.within.is_some_and(|within| self.last.get(stream).is_some_and(|last| last.elapsed() < within))
+    }
+
+    fn note(&mut self, stream: &Arc<str>, at: Instant) {
+        let Some(within) = self.within else { return };
+        if self.last.len() >= RENEWED_MOST && !self.last.contains_key(stream) {
+            self.last.retain(|_, last| last.elapsed() < within);
+            if self.last.len() >= RENEWED_MOST {
+                self.last.clear();
+            }
+        }
+        self.last.insert(stream.clone(), at);
+    }
+}
+
 type Outcome = Result<Vec<EntryId>, Fault>;
 
 struct Task {
@@ -322,6 +425,7 @@ struct Task {
     lanes: HashMap<Arc<str>, Lane>,
     /// Lanes that may have something to send.
     ready: Vec<Arc<str>>,
+    renewed: Renewed,
     /// Who waits for everything before a job.
     flushes: VecDeque<(u64, Reply)>,
     calls: FuturesUnordered<BoxFuture<'static, (Call, Outcome)>>,
@@ -332,6 +436,7 @@ struct Task {
 impl Task {
     fn new(shared: Shared, id: i64) -> Self {
         Self {
+            renewed: Renewed::new(&shared.retention, shared.link.cluster().is_some()),
             shared: Arc::new(shared),
             id,
             stale: false,
@@ -351,6 +456,9 @@ impl Task {
         let (mut taken, mut closed) = (Vec::new(), false);
         loop {
             self.send().await;
+            if self.take_ended() {
+                continue;
+            }
             if closed && self.calls.is_empty() {
                 return;
             }
@@ -359,10 +467,7 @@ impl Task {
                 biased;
                 Some((call, outcome)) = self.calls.next(), if !self.calls.is_empty() => {
                     self.ended(call, outcome);
-                    // What has ended with it comes before anything new.
-                    while let Some(Some((call, outcome))) = self.calls.next().now_or_never() {
-                        self.ended(call, outcome);
-                    }
+                    self.take_ended(); // before anything new
                 }
                 count = jobs.recv_many(&mut taken, room), if room > 0 && !closed => {
                     closed = count == 0;
@@ -392,7 +497,8 @@ impl Task {
 
     /// Sends what may go out now.
     async fn send(&mut self) {
-        if self.shared.link.reconnected() {
+        let in_cluster = self.shared.link.cluster().is_some();
+        if !in_cluster && self.shared.link.reconnected() {
             (self.stale, self.known) = (true, false);
         }
         loop {
@@ -403,17 +509,28 @@ impl Task {
                 break; // first everything has to come back
             }
             let Some(stream) = self.ready.pop() else { break };
-            let Self { lanes, open, calls, next, shared, .. } = self;
+            let Self { lanes, open, calls, next, shared, renewed, .. } = self;
             let Some(lane) = lanes.get_mut(&stream) else { continue };
             while lane.may_send(shared.on_their_way()) {
-                if !calls.is_empty() && (self.stale || !self.known) {
+                if !in_cluster && !calls.is_empty() && (self.stale || !self.known) {
                     self.ready.push(stream);
                     return self.answer_flushes();
                 }
                 let Some(call) = lane.next_call(&stream, open, next) else { continue };
+                lane.alone = self.known && lane.on_their_way == 0 && call.events.len() == 1 && renewed.is_fresh(&stream);
                 lane.on_their_way += 1;
-                let adding = shared.add(&call, !self.known);
-                calls.push(adding.map(|outcome| (call, outcome)).boxed());
+                calls.push(if in_cluster {
+                    let shared = shared.clone();
+                    async move {
+                        let outcome = shared.add_in_cluster(&call).await;
+                        (call, outcome)
+                    }
+                    .boxed()
+                } else if lane.alone {
+                    shared.add_alone(&call).map(|outcome| (call, outcome)).boxed()
+                } else {
+                    shared.add(&call, !self.known).map(|outcome| (call, outcome)).boxed()
+                });
             }
             if lane.on_their_way == 0 && lane.events == 0 {
                 lanes.remove(&stream);
@@ -422,10 +539,23 @@ impl Task {
         self.answer_flushes();
     }
 
+    /// Begins the calls that were added, and takes what has come back. Returns whether anything has.
+    ///
+    /// Nobody is to be woken for it: a set of futures that has asked all of them wakes its task again at once, which would send the task to
+    /// the end of its worker's queue, and wake another worker.
+    fn take_ended(&mut self) -> bool {
+        let mut any = false;
+        while let Some(Some((call, outcome))) = self.calls.next().now_or_never() {
+            self.ended(call, outcome);
+            any = true;
+        }
+        any
+    }
+
     /// A call has come back.
     fn ended(&mut self, call: Call, outcome: Outcome) {
         match outcome {
-            Err(fault) if fault.is_unknown() || fault.is("NOSCRIPT") || self.is_on_its_way(&fault) => {
+            Err(fault) if (fault.is_unknown() || fault.is("NOSCRIPT")) && self.shared.link.cluster().is_none() => {
                 self.known &= !fault.is("NOSCRIPT");
                 self.doubtful.push((call, fault));
             }
@@ -434,11 +564,6 @@ impl Task {
                 self.settle(call, outcome);
             }
         }
-    }
-
-    /// Whether a key has no node just now, and is going to have one.
-    fn is_on_its_way(&self, fault: &Fault) -> bool {
-        fault.is_elsewhere() && self.shared.link.cluster().is_some()
     }
 
     /// Finds out what became of doubtful calls, in the order they were sent in, while nothing else is on its way.
@@ -452,7 +577,7 @@ impl Task {
         let mut doubtful = VecDeque::from(std::mem::take(&mut self.doubtful));
         while let Some((call, fault)) = doubtful.pop_front() {
             let outcome = if !fault.is("NOSCRIPT") {
-                self.add_missing(&call).await
+                self.shared.add_missing(&call, Some(&mut self.id)).await
             } else if doubtful.iter().any(|(later, fault)| later.stream == call.stream && !fault.is("NOSCRIPT")) {
                 Err(out_of_order()) // what was sent behind it may have been added
             } else {
@@ -469,48 +594,20 @@ impl Task {
             return Err(out_of_order());
         }
         match self.shared.add(call, true).await {
-            Err(fault) if fault.is_unknown() => self.add_missing(call).await,
+            Err(fault) if fault.is_unknown() => self.shared.add_missing(call, Some(&mut self.id)).await,
             outcome => outcome,
         }
-    }
-
-    /// Finds out what became of a call, and adds what it did not, for as long as there is patience.
-    async fn add_missing(&mut self, call: &Call) -> Outcome {
-        let (until, mut pause) = (call.sent + self.shared.patience, Pause::new());
-        loop {
-            let fault = match self.try_add_missing(call).await {
-                Ok(ids) => return Ok(ids),
-                // Said of this attempt: what became of the first is as unknown as before.
-                Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
-                Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
-            };
-            let next = Instant::now() + pause.next();
-            if next >= until {
-                return Err(fault);
-            }
-            tokio::time::sleep_until(next).await;
-        }
-    }
-
-    async fn try_add_missing(&mut self, call: &Call) -> Outcome {
-        let link = &self.shared.link;
-        // The connections to the nodes of a cluster see to that themselves.
-        if link.cluster().is_none() {
-            let id = link.id().await?;
-            if id != self.id {
-                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
-                let _ = link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
-                self.id = id;
-            }
-        }
-        self.shared.find_or_add(call).await
     }
 
     /// Tells those whose events were in a call what came of it.
     fn settle(&mut self, call: Call, outcome: Outcome) {
         let Some(lane) = self.lanes.get_mut(&call.stream) else { return };
+        let by_script = !std::mem::take(&mut lane.alone);
         lane.on_their_way -= 1;
         if outcome.is_ok() {
+            if by_script {
+                self.renewed.note(&call.stream, call.sent);
+            }
             lane.added = lane.added.max(call.number);
         }
         let mut place = 0;
@@ -622,6 +719,29 @@ mod tests {
         assert!(lane.may_send(ON_THEIR_WAY));
         lane.on_their_way = ON_THEIR_WAY;
         assert!(!lane.may_send(ON_THEIR_WAY));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_script_looks_after_a_stream_now_and_then() {
+        let renewed = |max_age, idle_ttl, in_cluster| Renewed::new(&Retention { max_len: 0, max_age, idle_ttl }, in_cluster);
+        let (s, mut week) = (Arc::from("s"), renewed(None, 7 * 24 * 3_600_000, false));
+        assert!(!week.is_fresh(&s));
+        week.note(&s, Instant::now());
+        assert!(week.is_fresh(&s) && !week.is_fresh("t"));
+        tokio::time::advance(RENEWED_AFTER).await;
+        assert!(!week.is_fresh(&s));
+        let mut second = renewed(None, 1000, false);
+        second.note(&s, Instant::now());
+        tokio::time::advance(Duration::from_millis(16)).await;
+        assert!(!second.is_fresh(&s), "a time to live that is short is renewed more often");
+        for mut never in [renewed(Some(1), 0, false), renewed(None, 0, true)] {
+            never.note(&s, Instant::now());
+            assert!(!never.is_fresh(&s));
+        }
+        for number in 0..2 * RENEWED_MOST {
+            week.note(&number.to_string().into(), Instant::now());
+            assert!(week.last.len() <= RENEWED_MOST);
+        }
     }
 
     #[test]

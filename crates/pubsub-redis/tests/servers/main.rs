@@ -54,6 +54,7 @@ fn main() -> ExitCode {
         ("cluster: everything, on topics of all nodes", || cluster::everything().boxed()),
         ("cluster: slots move under load, and nothing is lost or doubled", || cluster::slots_move().boxed()),
         ("cluster: a master dies, and its replica goes on", || cluster::master_dies().boxed()),
+        ("cluster: a node that hangs or is gone holds up no publisher to the others", || cluster::node_down().boxed()),
         ("tls: encrypted, with the right certificates only", || encrypted::trusted().boxed()),
         ("unix: by the server's socket", || encrypted::by_socket().boxed()),
         ("logs: what operators need is told, in measure, and without credentials", || quiet::told().boxed()),
