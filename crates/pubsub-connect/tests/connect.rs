@@ -119,6 +119,12 @@ async fn each_refusal_names_what_is_at_fault() {
     }
     assert_eq!(refused("memory:?leases=nowhere").await.subject(), Some("leases"));
     assert_eq!(refused("memory:jobs?x=1").await.subject(), Some("memory:jobs"));
+    #[cfg(feature = "replay")]
+    for (replay, subject) in
+        [("memory:log%3Fmax_evens=3", "memory:log"), ("memory:log%3Fmax_events=0", "memory:log"), ("%3A", "replay")]
+    {
+        assert_eq!(refused(&format!("memory:?replay={replay}")).await.subject(), Some(subject), "{replay}");
+    }
     let error = Registry::new().connect("memory:").await.unwrap_err();
     assert!(error.to_string().contains("needs the cargo feature `memory` of pubsub-connect"), "{error}");
 }

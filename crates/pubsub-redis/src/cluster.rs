@@ -31,6 +31,9 @@ const FRESH: Duration = Duration::from_millis(50);
 /// Where a node listens.
 pub(crate) type Place = (String, u16);
 
+/// First and last slot of each range, and who has it.
+type Owners = Vec<(u16, u16, Place)>;
+
 pub(crate) struct Cluster {
     options: RedisBuilder,
     /// Those that were named at first, to ask when no other is left.
@@ -43,8 +46,7 @@ pub(crate) struct Cluster {
 
 #[derive(Default)]
 struct Nodes {
-    /// First and last slot, and who has them.
-    owners: Vec<(u16, u16, Place)>,
+    owners: Owners,
     links: HashMap<Place, Arc<OnceCell<Arc<Link>>>>,
 }
 
@@ -146,7 +148,7 @@ impl Cluster {
         Ok(())
     }
 
-    fn ask<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<Vec<(u16, u16, Place)>, Fault>> {
+    fn ask<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<Owners, Fault>> {
         let asking = async move {
             let answer = reply::array(self.at(place).await?.call(Cmd::new("CLUSTER").arg("SLOTS")).await?)?;
             let owners = answer.into_iter().map(|range| owner_of(range, &place.0)).collect::<Result<Vec<_>, _>>()?;

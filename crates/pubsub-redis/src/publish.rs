@@ -1,18 +1,17 @@
 //! Writing to streams: one task, which carries what all publishers have handed in meanwhile.
 //!
-//! What goes to one stream together is one call of a script: all of it is added or nothing, and it also trims the stream and renews
-//! its time to live. An event that goes alone needs none, if the stream is there and its time to live was renewed a short time ago. Several calls may be on their way, those for one stream in their order. Each says who publishes and a number.
-//! When the outcome of one is unknown nothing else is written until a script has found out whether its events are there and added
-//! them if not; the old connection is ended first, so that nothing of it can still arrive behind the script. So each event is
-//! written once, as long as the server lets connections be ended and knows the time to ten seconds.
+//! What goes to one stream together is one call (`add.rs`). Several may be on their way, those for one stream in their order. Each says who
+//! publishes and a number. When the outcome of one is unknown nothing else is written until a script has found out whether its events
+//! are there and added them if not; the old connection is ended first, so that nothing of it can still arrive behind the script. So each
+//! event is written once, as long as the server lets connections be ended and knows the time to ten seconds. In a cluster each stream has
+//! one call on its way, and waits for its own node alone.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
-use fred::types::Value;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
@@ -22,11 +21,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use crate::RedisBuilder;
+use crate::add::{Outcome, Renewed, Retention, Shared};
 use crate::entry::EntryId;
 use crate::errors::Fault;
-use crate::link::{Cmd, Link, Script};
-use crate::pause::Pause;
-use crate::reply;
+use crate::link::Link;
 
 /// How many publish calls wait for the writer before the next one waits to be taken; and how many it works on.
 const WAITING_CALLS: usize = 1024;
@@ -35,21 +33,8 @@ const WAITING_CALLS: usize = 1024;
 const EVENTS_TOGETHER: usize = 250;
 const BYTES_TOGETHER: usize = 4 << 20;
 
-/// How many calls for one stream are on their way. A second one goes out before the first is answered if it has so many events.
-const ON_THEIR_WAY: usize = 4;
+/// A second call for a stream goes out before the first is answered if it has so many events.
 const WORTH_SENDING: usize = 32;
-
-/// How long it is enough that the script has renewed a stream's time to live (a 64th of that, at most), and of how many streams that is
-/// known.
-const RENEWED_AFTER: Duration = Duration::from_secs(60);
-const RENEWED_MOST: usize = 4096;
-
-/// How far the server's clock may jump within a publish whose outcome is unknown.
-const CLOCK_SLACK: Duration = Duration::from_secs(10);
-
-static ADD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/add.lua")));
-static FIND_OR_ADD: LazyLock<Script> =
-    LazyLock::new(|| Script::new(concat!(include_str!("scripts/find.lua"), include_str!("scripts/add.lua"))));
 
 /// A publish that failed, and what became of each event.
 #[derive(Debug)]
@@ -137,46 +122,18 @@ impl Writer {
     }
 }
 
-/// What is kept, as the script takes it; 0 for no bound.
-struct Retention {
-    max_len: u64,
-    max_age: Option<u64>,
-    idle_ttl: u64,
-}
-
-impl Retention {
-    fn new(options: &RedisBuilder) -> Self {
-        let idle_ttl = options.idle_ttl.map_or(0, millis);
-        Self { max_len: options.max_len.unwrap_or(0), max_age: options.max_age.map(millis), idle_ttl }
-    }
-
-    /// The least time that is kept, by this machine's clock: off by as much as the clocks disagree.
-    fn least(&self) -> u64 {
-        let now = || millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
-        self.max_age.map_or(0, |age| now().saturating_sub(age))
-    }
-}
-
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// What calls need.
-struct Shared {
-    link: Arc<Link>,
-    publisher: Arc<str>,
-    retention: Retention,
-    patience: Duration,
-}
-
 /// Events that go to one stream together.
-struct Call {
-    stream: Arc<str>,
+pub(crate) struct Call {
+    pub(crate) stream: Arc<str>,
     /// The number of the first.
-    number: u64,
-    events: Vec<Bytes>,
+    pub(crate) number: u64,
+    pub(crate) events: Vec<Bytes>,
     parts: Vec<Part>,
-    sent: Instant,
+    pub(crate) sent: Instant,
 }
 
 /// Which of a job's events are among those of a call.
@@ -184,107 +141,6 @@ struct Part {
     job: u64,
     offset: usize,
     count: usize,
-}
-
-impl Shared {
-    /// How many calls for one stream go out before the first is answered. In a cluster its key may move, and calls that follow it
-    /// could overtake each other.
-    fn on_their_way(&self) -> usize {
-        if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
-    }
-
-    fn words(&self, script: &Script, stream: &str, number: u64, events: &[Bytes]) -> Cmd {
-        let Retention { max_len, idle_ttl, .. } = self.retention;
-        let words = script.call(&[stream]).arg(&*self.publisher).number(number);
-        let words = words.number(max_len).number(self.retention.least()).number(idle_ttl);
-        events.iter().fold(words, |words, event| words.arg(event.clone()))
-    }
-
-    /// Adds the events of a call, by the script's hash or, if the server may not know it, in full.
-    fn add(&self, call: &Call, in_full: bool) -> impl Future<Output = Result<Vec<EntryId>, Fault>> + Send + 'static {
-        let (words, link, count) =
-            (self.words(&ADD, &call.stream, call.number, &call.events), self.link.clone(), call.events.len());
-        let words = if in_full { ADD.in_full(words) } else { words };
-        async move { ids(link.call(words).await?, count) }
-    }
-
-    /// Adds the one event of a call to a stream that is there, which costs the server a third of what the script does; where there is none,
-    /// by the script. Nothing else may be on its way to the stream.
-    fn add_alone(self: &Arc<Self>, call: &Call) -> impl Future<Output = Outcome> + Send + 'static {
-        let max_len = self.retention.max_len;
-        let mut adding = Cmd::new("XADD").key(&call.stream).arg("NOMKSTREAM");
-        if max_len > 0 {
-            adding = adding.arg("MAXLEN").arg("~").number(max_len);
-        }
-        let adding = call.events.iter().fold(adding.arg("*"), |adding, event| adding.arg("event").arg(event.clone()));
-        let adding = adding.arg("p").arg(&*self.publisher).arg("n").number(call.number);
-        let script = (self.clone(), call.stream.clone(), call.number, call.events.clone());
-        async move {
-            let (shared, stream, number, events) = script;
-            match shared.link.call(adding).await? {
-                Value::Null => ids(shared.link.eval(&ADD, shared.words(&ADD, &stream, number, &events)).await?, 1),
-                id => Ok(vec![reply::id(&id)?]),
-            }
-        }
-    }
-
-    /// Adds the events of a call in a cluster, by a script that its node may not know. It waits for its own node alone: nothing else is on
-    /// its way to the stream.
-    async fn add_in_cluster(&self, call: &Call) -> Outcome {
-        let words = self.words(&ADD, &call.stream, call.number, &call.events);
-        match self.link.eval(&ADD, words).await.and_then(|answer| ids(answer, call.events.len())) {
-            // A key that has no node just now is going to have one.
-            Err(fault) if fault.is_unknown() || fault.is_elsewhere() => self.add_missing(call, None).await,
-            outcome => outcome,
-        }
-    }
-
-    /// Finds out what became of a call, and adds what it did not, for as long as there is patience. What the server called the connection
-    /// that it was sent on is given; the connections to the nodes of a cluster see to the end of those before them by themselves.
-    async fn add_missing(&self, call: &Call, mut sent_on: Option<&mut i64>) -> Outcome {
-        let (until, mut pause) = (call.sent + self.patience, Pause::new());
-        loop {
-            let fault = match self.try_add_missing(call, sent_on.as_deref_mut()).await {
-                Ok(ids) => return Ok(ids),
-                // Said of this attempt: what became of the first is as unknown as before.
-                Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
-                Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
-            };
-            let next = Instant::now() + pause.next();
-            if next >= until {
-                return Err(fault);
-            }
-            tokio::time::sleep_until(next).await;
-        }
-    }
-
-    async fn try_add_missing(&self, call: &Call, sent_on: Option<&mut i64>) -> Outcome {
-        if let Some(known) = sent_on {
-            let id = self.link.id().await?;
-            if id != *known {
-                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
-                let _ = self.link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(*known)).await;
-                *known = id;
-            }
-        }
-        self.find_or_add(call).await
-    }
-
-    async fn find_or_add(&self, call: &Call) -> Result<Vec<EntryId>, Fault> {
-        let words =
-            self.words(&FIND_OR_ADD, &call.stream, call.number, &call.events).number(millis(call.sent.elapsed() + CLOCK_SLACK));
-        ids(self.link.eval(&FIND_OR_ADD, words).await?, call.events.len())
-    }
-}
-
-/// All ids, where the first and the last may stand for those between them.
-fn ids(answer: Value, count: usize) -> Result<Vec<EntryId>, Fault> {
-    let ids = reply::array(answer)?.iter().map(reply::id).collect::<Result<Vec<_>, _>>()?;
-    let ids = match ids[..] {
-        [first, last] if count != 2 => first.to(last, count).unwrap_or(ids),
-        _ => ids,
-    };
-    if ids.len() == count { Ok(ids) } else { Err(Fault::Nonsense("another number of entries was added")) }
 }
 
 /// A job that was begun.
@@ -377,39 +233,6 @@ impl Lane {
         forgotten
     }
 }
-
-/// When the script last looked after which stream: it need not for every event that goes alone.
-struct Renewed {
-    last: HashMap<Arc<str>, Instant>,
-    /// How long that is enough; none if the script has to see to every event.
-    within: Option<Duration>,
-}
-
-impl Renewed {
-    fn new(&Retention { max_age, idle_ttl, .. }: &Retention, in_cluster: bool) -> Self {
-        // In a cluster a key may move.
-        let is_needed = max_age.is_some() || in_cluster;
-        let within = if idle_ttl == 0 { RENEWED_AFTER } else { RENEWED_AFTER.min(Duration::from_millis(idle_ttl) / 64) };
-        Self { last: HashMap::new(), within: (!is_needed).then_some(within) }
-    }
-
-    fn is_fresh(&self, stream: &str) -> bool {
-        self.within.is_some_and(|within| self.last.get(stream).is_some_and(|last| last.elapsed() < within))
-    }
-
-    fn note(&mut self, stream: &Arc<str>, at: Instant) {
-        let Some(within) = self.within else { return };
-        if self.last.len() >= RENEWED_MOST && !self.last.contains_key(stream) {
-            self.last.retain(|_, last| last.elapsed() < within);
-            if self.last.len() >= RENEWED_MOST {
-                self.last.clear();
-            }
-        }
-        self.last.insert(stream.clone(), at);
-    }
-}
-
-type Outcome = Result<Vec<EntryId>, Fault>;
 
 struct Task {
     shared: Arc<Shared>,
@@ -653,6 +476,7 @@ fn out_of_order() -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::add::ON_THEIR_WAY;
 
     /// Jobs of so many events of these sizes, all for one stream.
     fn lane(jobs: &[&[usize]]) -> (Lane, BTreeMap<u64, Open>) {
@@ -719,41 +543,5 @@ mod tests {
         assert!(lane.may_send(ON_THEIR_WAY));
         lane.on_their_way = ON_THEIR_WAY;
         assert!(!lane.may_send(ON_THEIR_WAY));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_script_looks_after_a_stream_now_and_then() {
-        let renewed = |max_age, idle_ttl, in_cluster| Renewed::new(&Retention { max_len: 0, max_age, idle_ttl }, in_cluster);
-        let (s, mut week) = (Arc::from("s"), renewed(None, 7 * 24 * 3_600_000, false));
-        assert!(!week.is_fresh(&s));
-        week.note(&s, Instant::now());
-        assert!(week.is_fresh(&s) && !week.is_fresh("t"));
-        tokio::time::advance(RENEWED_AFTER).await;
-        assert!(!week.is_fresh(&s));
-        let mut second = renewed(None, 1000, false);
-        second.note(&s, Instant::now());
-        tokio::time::advance(Duration::from_millis(16)).await;
-        assert!(!second.is_fresh(&s), "a time to live that is short is renewed more often");
-        for mut never in [renewed(Some(1), 0, false), renewed(None, 0, true)] {
-            never.note(&s, Instant::now());
-            assert!(!never.is_fresh(&s));
-        }
-        for number in 0..2 * RENEWED_MOST {
-            week.note(&number.to_string().into(), Instant::now());
-            assert!(week.last.len() <= RENEWED_MOST);
-        }
-    }
-
-    #[test]
-    fn answers_to_an_addition() {
-        let answer = |ids: &[&'static str]| Value::Array(ids.iter().map(|id| Value::from(*id)).collect());
-        let all = |texts: &[&str]| texts.iter().map(|text| text.parse::<EntryId>().unwrap()).collect::<Vec<_>>();
-        assert_eq!(ids(answer(&["5-1", "5-1"]), 1), Ok(all(&["5-1"])));
-        assert_eq!(ids(answer(&["5-1", "6-0"]), 2), Ok(all(&["5-1", "6-0"])));
-        assert_eq!(ids(answer(&["5-1", "5-3"]), 3), Ok(all(&["5-1", "5-2", "5-3"])));
-        assert_eq!(ids(answer(&["5-1", "5-2", "6-0"]), 3), Ok(all(&["5-1", "5-2", "6-0"])));
-        for nonsense in [ids(answer(&["5-1", "5-3"]), 4), ids(answer(&[]), 1), ids(Value::Null, 1), ids("x".into(), 1)] {
-            assert!(nonsense.unwrap_err().is_unknown());
-        }
     }
 }

@@ -41,6 +41,11 @@ fn main() -> ExitCode {
         ("storm: connections are cut, reset and delayed, and nothing is lost or doubled", || storm::weathered().boxed()),
         ("writer: what waits goes out, however it falls into calls", || writer::crowded().boxed()),
         ("writer: a topic that cannot be written to holds up no other", || writer::one_bad_topic().boxed()),
+        ("writer: what was refused unheard is written once, in order", || writer::forgotten_and_unheard().boxed()),
+        ("writer: ids that are ahead of the server's clock are followed as others", || writer::clock_set_back().boxed()),
+        ("groups: a group that is deleted while entries of it are at hand loses none", || {
+            quiet::destroyed_while_busy().boxed()
+        }),
         ("groups: what is trimmed while a member is busy is told, however short that was", || {
             quiet::trimmed_while_busy().boxed()
         }),
