@@ -55,8 +55,15 @@ function build(description) {
   throw new Error(`cannot build ${kind}`);
 }
 
-// A subscribe whose connection ends while it is being sent is rejected before anybody waits for it, which would end the process.
-process.on('unhandledRejection', (error) => console.error(`a rejection that nobody waited for: ${error}`));
+// A subscribe whose connection ends while it is being sent is rejected before anybody waits for it, which would end the process. If it was
+// sent by a start, the sending waits for that same start to end (`#start`, `#resubscribeClient`, `#sendToBroker`, `#ensureStarted`), and the
+// bus does nothing more for good: then the process ends as one that was killed, and whoever runs it starts another.
+process.on('unhandledRejection', async (error) => {
+  console.error(`a rejection that nobody waited for: ${error}`);
+  const settled = bus.publish('alive', { type: 'alive', runId: '', data: null }).catch(() => {});
+  const stuck = new Promise((resolve) => setTimeout(resolve, 3000, true));
+  if (await Promise.race([settled, stuck])) process.exit(3);
+});
 
 const say = (what) => process.stdout.write(`${JSON.stringify(what)}\n`);
 const subscriptions = new Map();

@@ -86,6 +86,46 @@ pub trait Harness: Send + Sync + 'static {
     }
 }
 
+/// The harness of a bus that has but one instance and nothing below: each bus is a new one by `make`.
+pub fn single_instance<B: PubSub>(
+    name: impl Into<String>,
+    declared: Capabilities,
+    make: impl Fn() -> Result<B> + Send + Sync + 'static,
+) -> Arc<dyn Harness> {
+    let make = move || make().map(|bus| Arc::new(bus) as Arc<dyn PubSub>);
+    Arc::new(SingleInstance { name: name.into(), declared, make: Arc::new(make) })
+}
+
+#[derive(Clone)]
+struct SingleInstance {
+    name: String,
+    declared: Capabilities,
+    make: Arc<dyn Fn() -> Result<Arc<dyn PubSub>> + Send + Sync>,
+}
+
+#[async_trait]
+impl Harness for SingleInstance {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn declared(&self) -> Capabilities {
+        self.declared.clone()
+    }
+
+    async fn fresh(&self) -> Result<Arc<dyn Harness>> {
+        Ok(Arc::new(self.clone()))
+    }
+
+    async fn connect(&self) -> Result<Arc<dyn PubSub>> {
+        (self.make)()
+    }
+
+    fn spans_instances(&self) -> bool {
+        false
+    }
+}
+
 /// Durations that suit a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

@@ -75,7 +75,9 @@ mod suite;
 
 pub use ctx::{Consumer, Ctx, exactly, in_sequence, panic_on_purpose};
 pub use expectation::Differences;
-pub use harness::{Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing, missing};
+pub use harness::{
+    Fault, Faults, Harness, Inline, InlineHandler, Job, Probe, Process, Processes, Raw, Timing, missing, single_instance,
+};
 pub use mimic::main;
 pub use properties::registry;
 pub use property::{Mismatch, Need, Outcome, Property, Verdict, omitted, property};

@@ -64,6 +64,14 @@ impl Peer {
         self.child.id()
     }
 
+    /// Whether its process has ended.
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    pub fn has_ended(&mut self) -> io::Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Whether it was the broker when it last did something.
     pub fn is_broker(&self) -> bool {
         self.is_broker

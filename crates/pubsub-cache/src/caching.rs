@@ -2,25 +2,23 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::{join, join_all};
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeliveryQueue, Timer, yield_now_and_then};
+use pubsub_core::machinery::{self, Closing, DeliveryQueue, Timer, yield_now_and_then};
 use pubsub_core::{
     Capabilities, Closed, Control, Deduplication, Error, ErrorKind, Event, Fate, LeaseProvider, OnGap, Overflow, Page,
     Positions, PubSub, PublishError, PublishOptions, Result, Retention, Start, StatusWatch, SubscribeOptions, Subscription,
     Topic, TopicStatus, TrimFilter,
 };
 use tokio::runtime::Handle;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::carried::Carried;
-use crate::letters::Letters;
 use crate::place::{Scopes, first_of, history, is_of};
 use crate::sequence::Sequence;
 use crate::watch::{Held, Log, MEMBER, PAGE, Watch, Watched};
@@ -40,7 +38,8 @@ struct Instance {
     timer: Mutex<Option<Arc<Timer>>>,
     next: AtomicU64,
     watches: Mutex<Watches>,
-    is_closed: AtomicBool,
+    /// Begun while nothing can be attached.
+    closing: Closing<Result<Closed, ErrorKind>>,
     uncached: AtomicU64,
     me: Weak<Self>,
 }
@@ -50,8 +49,6 @@ struct Watches {
     open: HashMap<u64, (Topic, Arc<Watched>)>,
     /// Queues of watches that have ended while their consumers held something.
     held_on: Vec<Weak<DeliveryQueue>>,
-    /// Set once by the first `close`; says what it left when it has ended.
-    closing: Option<watch::Receiver<Option<Result<Closed, ErrorKind>>>>,
 }
 
 /// What became of appending.
@@ -86,7 +83,7 @@ impl CachingPubSub {
             timer: Mutex::default(),
             next: AtomicU64::new(0),
             watches: Mutex::default(),
-            is_closed: AtomicBool::new(false),
+            closing: Closing::default(),
             uncached: AtomicU64::new(0),
             me: me.clone(),
         }))
@@ -131,7 +128,7 @@ impl Instance {
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
+        if self.closing.has_begun() { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
     }
 
     fn log(&self, topic: &Topic) -> Log {
@@ -148,28 +145,6 @@ impl Instance {
             }
             None => Ok(timer.insert(Arc::new(Timer::new()?)).clone()),
         }
-    }
-
-    /// Refuses what the bus below would refuse, before anything of it is kept, and makes payloads plain JSON where they have to be.
-    fn prepare(&self, events: &[Arc<Event>], options: &PublishOptions) -> Result<Option<Vec<Arc<Event>>>> {
-        options.validate()?;
-        for event in events {
-            if event.payload().is_live() {
-                let why = "a live value is published only with `local_only`";
-                return Err(Error::new(ErrorKind::NotSerializable(why.into())).on(event.id()));
-            }
-            if let Some(limit) = self.capabilities.max_payload {
-                event.check_size(limit).map_err(|error| error.on(event.id()))?;
-            }
-        }
-        if !self.capabilities.strict_payloads {
-            return Ok(None);
-        }
-        let strict = |event: &Arc<Event>| {
-            let payload = event.payload().strict().map_err(|error| error.on(event.id()))?;
-            Ok(Arc::new(Event::clone(event).with_payload(payload)))
-        };
-        events.iter().map(strict).collect::<Result<_>>().map(Some)
     }
 
     /// What an append came to, or the error that the publish is to fail with.
@@ -311,14 +286,16 @@ impl Instance {
         let watched = Arc::new(Watched::new(inner.handle(), forget));
         {
             let mut watches = self.watches.lock();
-            if watches.closing.is_some() {
+            if self.closing.has_begun() {
                 return Err(Error::closed().during("subscribe").on(topic));
             }
             watches.open.insert(number, (topic.clone(), watched.clone()));
         }
         let mut held = options.clone();
         held.filter = None; // the subscription made below filters
-        let held = Held::new(held, timer, Arc::new(Letters(self.inner.clone())));
+        let bus = self.inner.clone();
+        let letters = machinery::publish_letters(PublishOptions::new(), move || Some(bus.clone()));
+        let held = Held::new(held, timer, letters);
         let source = Watch::new(watched.clone(), inner.into_source(), log, sequence, held);
         Ok(Subscription::new(topic.clone(), options, Box::new(source), watched))
     }
@@ -373,6 +350,7 @@ impl Instance {
         within: Duration,
     ) -> Result<Closed, ErrorKind> {
         let until = Instant::now() + within;
+        watches.iter().for_each(|watched| watched.begin_to_close());
         let relieved = async || {
             let relieved = join_all(watches.iter().map(|watched| watched.relieved()));
             let settled = join_all(held_on.iter().map(|queue| queue.drained()));
@@ -406,7 +384,7 @@ impl PubSub for CachingPubSub {
         if options.local_only || events.is_empty() || !instance.caches(topic) {
             return instance.inner.publish(topic, events, options).await;
         }
-        let prepared = instance.prepare(events, &options).map_err(refused)?;
+        let prepared = machinery::prepare(events, &options, &instance.capabilities).map_err(refused)?;
         let events = prepared.as_deref().unwrap_or(events);
         let Some(appended) = instance.store.append_now(topic, events) else {
             return Carried::new(instance.clone().keep_and_publish(topic.clone(), events.to_vec(), options)).await;
@@ -529,28 +507,16 @@ impl PubSub for CachingPubSub {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let mut ended = {
+        {
             let mut watches = self.0.watches.lock();
-            match &watches.closing {
-                Some(ended) => ended.clone(),
-                None => {
-                    let (tell, ended) = watch::channel(None);
-                    watches.closing = Some(ended.clone());
-                    self.0.is_closed.store(true, Ordering::Release);
-                    let open: Vec<_> = watches.open.values().map(|(_, watched)| watched.clone()).collect();
-                    let held_on: Vec<_> = watches.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
-                    drop(watches);
-                    open.iter().for_each(|watched| watched.begin_to_close());
-                    // A task of its own, bounded by its time: the caller may go away.
-                    let runtime = Handle::try_current().map_err(|_| Error::closed().during("close"))?;
-                    let ending = self.0.clone().end(open, held_on, within);
-                    runtime.spawn(async move { tell.send_replace(Some(ending.await)) });
-                    ended
-                }
-            }
-        };
-        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?.clone();
-        closed.unwrap_or(Ok(Closed::default())).map_err(|kind| Error::new(kind).during("close"))
+            let runtime = Handle::try_current().map_err(|_| Error::closed().during("close"))?;
+            self.0.closing.begin(&runtime, || {
+                let open: Vec<_> = watches.open.values().map(|(_, watched)| watched.clone()).collect();
+                let held_on: Vec<_> = watches.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
+                self.0.clone().end(open, held_on, within)
+            });
+        }
+        self.0.closing.ended().await?.map_err(|kind| Error::new(kind).during("close"))
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {

@@ -84,7 +84,6 @@ mod builder;
 mod cache;
 mod caching;
 mod carried;
-mod letters;
 mod memory;
 mod place;
 mod sequence;

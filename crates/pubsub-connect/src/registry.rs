@@ -219,8 +219,14 @@ impl Registry {
         let connecting = factory(&mut store).map_err(in_store)?;
         store.refuse_leftovers().map_err(in_store)?;
         let takes = store.asked().to_vec();
-        let decorate: Decorate =
-            Box::new(move |bus| async move { options.decorate(&bus, connecting.await.map_err(in_store)?) }.boxed());
+        let private = store.scheme() == "memory";
+        let decorate = async move |bus: Bus| {
+            if private {
+                refuse_to_hide_history(&bus)?;
+            }
+            options.decorate(&bus, connecting.await.map_err(in_store)?)
+        };
+        let decorate: Decorate = Box::new(move |bus| decorate(bus).boxed());
         Ok(Some((takes, decorate)))
     }
 
@@ -249,6 +255,20 @@ impl Registry {
 
 /// Puts a decorator over a bus that has been connected.
 type Decorate = Box<dyn FnOnce(Bus) -> BoxFuture<'static, Result<Bus>> + Send>;
+
+/// A store within the process would hide the history that processes share, and each would have another one.
+#[cfg(feature = "replay")]
+fn refuse_to_hide_history(bus: &Bus) -> Result<()> {
+    use pubsub_core::{Reach, Retention};
+
+    let capabilities = bus.capabilities();
+    if capabilities.reach == Reach::Process || capabilities.retention != Retention::History {
+        return Ok(());
+    }
+    let why = "would hide the history that this bus keeps for all its processes behind one of this process alone: leave it out, or name a \
+               store that they share, as in `replay=redis%3A%2F%2F127.0.0.1`";
+    Err(Error::invalid_option("replay", why))
+}
 
 fn check_scheme(scheme: &str, operation: &'static str) -> Result<()> {
     if is_scheme(scheme) && scheme == scheme.to_ascii_lowercase() {

@@ -254,6 +254,16 @@ fn secrets_stay_secret() {
     assert!(!logged.contains("3cr3t") && !told.contains("3cr3t"), "{logged}{told}");
 }
 
+#[cfg(all(feature = "replay", feature = "unix"))]
+#[tokio::test]
+async fn a_history_that_processes_share_is_not_hidden() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/run/bus.sock", directory.path().display());
+    let error = refused(&format!("{url}?replay=memory")).await;
+    assert!(matches!(error.kind(), ErrorKind::InvalidOption { option, .. } if option == "replay"), "{error}");
+    assert!(error.to_string().contains("leave it out"), "{error}");
+}
+
 #[cfg(feature = "replay")]
 #[tokio::test]
 async fn a_bus_with_a_store_replays_and_a_name_shares_it() {

@@ -239,12 +239,24 @@ pub enum Fate {
 }
 
 /// A publish call that failed, and what became of each of its events, in the order they were given.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
+///
+/// It is shown, and has the causes, as its [`error`](Self::error).
+#[derive(Debug)]
 pub struct PublishError {
-    #[source]
     error: Error,
     fates: Box<[Fate]>,
+}
+
+impl fmt::Display for PublishError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+impl std::error::Error for PublishError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
 }
 
 impl PublishError {
@@ -303,6 +315,9 @@ mod tests {
         let because = error.caused_by(Error::new(ErrorKind::Unavailable).caused_by(std::io::Error::other("no route")));
         assert_eq!(because.to_string(), r#"publish on "orders": a subscriber's queue stayed full"#);
         assert_eq!(format!("{because:#}"), format!("{because}: unavailable: no route"));
+        let failed = PublishError::none_sent(because, 1);
+        assert_eq!(format!("{failed:#}"), format!("{failed}: unavailable: no route"));
+        assert_eq!(std::error::Error::source(&failed).map(ToString::to_string), Some("unavailable".to_owned()));
     }
 
     #[test]

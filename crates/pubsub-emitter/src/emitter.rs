@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{Aftermath, DeliveryQueue, InstanceId, yield_now_and_then};
+use pubsub_core::machinery::{self, Aftermath, Closing, DeliveryQueue, InstanceId, yield_now_and_then};
 use pubsub_core::{
     Capabilities, Capability, Closed, Error, ErrorKind, Event, Groups, LeaseProvider, Page, Positions, PubSub, PublishError,
     PublishOptions, REDRIVE_GROUP, Reach, Result, Retention, Start, Status, StatusWatch, SubscribeOptions, Subscription,
@@ -33,8 +33,8 @@ struct Instance {
     config: EmitterBuilder,
     status: watch::Sender<Status>,
     closed: watch::Sender<bool>,
-    /// The same as `closed`, for the paths that only look.
-    is_closed: AtomicBool,
+    /// Begun while nothing can be attached.
+    closing: Closing,
     attached: Mutex<Attached>,
 }
 
@@ -45,8 +45,6 @@ struct Attached {
     /// Queues of subscriptions that have ended while their consumers held something.
     held_on: Vec<Weak<DeliveryQueue>>,
     inline: Vec<Weak<Inline>>,
-    /// Set once by the first `close`; says what it left when it has ended.
-    closing: Option<watch::Receiver<Option<Closed>>>,
 }
 
 impl Instance {
@@ -108,7 +106,7 @@ impl EventEmitterPubSub {
             config,
             status,
             closed,
-            is_closed: AtomicBool::new(false),
+            closing: Closing::default(),
             attached: Mutex::default(),
         }))
     }
@@ -125,11 +123,11 @@ impl EventEmitterPubSub {
         topic: &Topic,
         handler: impl Fn(&Arc<Event>) + Send + Sync + 'static,
     ) -> Result<InlineSubscription> {
-        let Instance { id, hub, attached, .. } = &*self.0;
+        let Instance { id, hub, attached, closing, .. } = &*self.0;
         let inline = Inline::new(*id, handler);
         {
             let mut attached = attached.lock();
-            if attached.closing.is_some() {
+            if closing.has_begun() {
                 return Err(Error::closed().during("subscribe_inline").on(topic));
             }
             attached.inline.retain(|inline| inline.strong_count() > 0);
@@ -145,7 +143,7 @@ impl EventEmitterPubSub {
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
-        if self.0.is_closed.load(Ordering::Acquire) { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
+        if self.0.closing.has_begun() { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
     }
 
     /// Whether a publish is what most are: `check` would find nothing to refuse and nothing to change. It is asked for every event,
@@ -154,11 +152,10 @@ impl EventEmitterPubSub {
     fn is_usual(&self, events: &[Arc<Event>], options: &PublishOptions) -> bool {
         let EmitterBuilder { strict_payloads, max_payload, .. } = &self.0.config;
         let plain = || !strict_payloads && max_payload.is_none() && events.iter().all(|event| !event.payload().is_live());
-        let closed = self.0.is_closed.load(Ordering::Acquire);
-        !closed && options.timeout.is_none() && !is_too_deep() && (options.local_only || plain())
+        !self.0.closing.has_begun() && options.timeout.is_none() && !is_too_deep() && (options.local_only || plain())
     }
 
-    /// All that can be refused before anything is sent; and what `prepare` returns.
+    /// All that can be refused before anything is sent; and what [`machinery::prepare`] returns.
     #[cold]
     fn check(&self, topic: &Topic, events: &[Arc<Event>], options: &PublishOptions) -> Result<Option<Vec<Arc<Event>>>> {
         self.check_open("publish", topic)?;
@@ -166,30 +163,7 @@ impl EventEmitterPubSub {
         if is_too_deep() {
             return Err(ErrorKind::Recursion { limit: MAX_INLINE_DEPTH }.into());
         }
-        if options.local_only { Ok(None) } else { self.prepare(events) }
-    }
-
-    /// Refuses what must not be published, and makes payloads plain JSON where they have to be. `None` leaves the events as they
-    /// are.
-    fn prepare(&self, events: &[Arc<Event>]) -> Result<Option<Vec<Arc<Event>>>> {
-        let EmitterBuilder { strict_payloads, max_payload, .. } = self.0.config;
-        for event in events {
-            if event.payload().is_live() {
-                let why = "a live value is published only with `local_only`";
-                return Err(Error::new(ErrorKind::NotSerializable(why.into())).on(event.id()));
-            }
-            if let Some(limit) = max_payload {
-                event.check_size(limit).map_err(|error| error.on(event.id()))?;
-            }
-        }
-        if !strict_payloads {
-            return Ok(None);
-        }
-        let strict = |event: &Arc<Event>| {
-            let payload = event.payload().strict().map_err(|error| error.on(event.id()))?;
-            Ok(Arc::new(Event::clone(event).with_payload(payload)))
-        };
-        events.iter().map(strict).collect::<Result<_>>().map(Some)
+        machinery::prepare(events, options, &self.capabilities())
     }
 
     /// The slow way, when a queue is full or other publishers wait already.
@@ -240,7 +214,7 @@ impl PubSub for EventEmitterPubSub {
             return published;
         }
         // Checked just now, and refused by a full queue.
-        let prepared = if options.local_only { None } else { self.prepare(events).map_err(refused(topic, events))? };
+        let prepared = machinery::prepare(events, &options, &self.capabilities()).map_err(refused(topic, events))?;
         let events = prepared.as_deref().unwrap_or(events);
         match self.0.hub.topic(topic) {
             Some(state) => self.publish_waiting(&state, events, &options).await,
@@ -268,7 +242,7 @@ impl PubSub for EventEmitterPubSub {
 
     async fn subscribe(&self, topic: &Topic, options: SubscribeOptions) -> Result<Subscription> {
         self.check_open("subscribe", topic)?;
-        let Instance { id, hub, attached, .. } = &*self.0;
+        let Instance { id, hub, attached, closing, .. } = &*self.0;
         let redrives = options.group.as_ref().is_some_and(|group| group.as_str() == REDRIVE_GROUP);
         let mut capabilities = self.capabilities();
         let keeps_letters = redrives || hub.topic(topic).is_some_and(|state| state.keeps_letters());
@@ -291,7 +265,7 @@ impl PubSub for EventEmitterPubSub {
         });
         let mut aftermath = Aftermath::new(); // finished when it is dropped, after the lock
         let mut attached = attached.lock();
-        if attached.closing.is_some() {
+        if closing.has_begun() {
             return Err(Error::closed().during("subscribe").on(topic));
         }
         let attach = |state: &Arc<TopicState>| {
@@ -357,35 +331,23 @@ impl PubSub for EventEmitterPubSub {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let mut ended = {
+        let Instance { id, hub, closing, .. } = &*self.0;
+        let inline: Vec<_> = {
             let mut attached = self.0.attached.lock();
-            match &attached.closing {
-                Some(ended) => ended.clone(),
-                None => {
-                    let (tell, ended) = watch::channel(None);
-                    attached.closing = Some(ended.clone());
-                    self.0.is_closed.store(true, Ordering::Release);
-                    self.0.closed.send_replace(true);
-                    self.0.status.send_replace(Status::Closed);
-                    let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
-                    let held_on: Vec<_> = attached.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
-                    attached.inline.drain(..).filter_map(|inline| inline.upgrade()).for_each(|inline| inline.end());
-                    drop(attached);
-                    let id = self.0.id;
-                    if subscriptions.is_empty() && held_on.is_empty() {
-                        tell.send_replace(Some(Closed::default()));
-                    } else {
-                        // A task of its own, bounded by its time: the caller may go away. Subscriptions have made the timer.
-                        let task = async move { tell.send_replace(Some(end(id, &subscriptions, &held_on, within).await)) };
-                        self.0.hub.timer()?.runtime().spawn(task);
-                    }
-                    ended
-                }
+            let held_on: Vec<_> = attached.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
+            let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
+            if subscriptions.is_empty() && held_on.is_empty() {
+                closing.at_once(Closed::default());
+            } else {
+                // Subscriptions have made the timer.
+                closing.begin(&hub.timer()?.runtime(), || end(*id, subscriptions, held_on, within));
             }
+            attached.inline.drain(..).filter_map(|inline| inline.upgrade()).collect()
         };
-        // The task tells before it ends; it is cut off only with its runtime, and then there is nobody to tell.
-        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?;
-        Ok(closed.unwrap_or_default())
+        self.0.closed.send_replace(true);
+        self.0.status.send_replace(Status::Closed);
+        inline.iter().for_each(|inline| inline.end());
+        closing.ended().await
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
@@ -402,13 +364,13 @@ fn refused(topic: &Topic, events: &[Arc<Event>]) -> impl Fn(Error) -> PublishErr
 /// Drains an instance's subscriptions within the time, then ends them. What others share and can take is left to them at once.
 async fn end(
     id: InstanceId,
-    subscriptions: &[(Arc<DeliveryQueue>, SubscriptionHandle)],
-    held_on: &[Arc<DeliveryQueue>],
+    subscriptions: Vec<(Arc<DeliveryQueue>, SubscriptionHandle)>,
+    held_on: Vec<Arc<DeliveryQueue>>,
     within: Duration,
 ) -> Closed {
     let start = Instant::now();
     // A group with several members here is one queue.
-    let queues = subscriptions.iter().map(|(queue, _)| queue).chain(held_on);
+    let queues = subscriptions.iter().map(|(queue, _)| queue).chain(&held_on);
     let queues: HashMap<_, _> = queues.map(|queue| (Arc::as_ptr(queue).addr(), queue)).collect();
     let relieved = || futures::future::join_all(queues.values().map(|queue| queue.relieved(id)));
     for (_, handle) in subscriptions.iter().filter(|(queue, _)| queue.is_shared_beyond(id)) {
@@ -417,7 +379,7 @@ async fn end(
     drop(tokio::time::timeout(within, relieved()).await);
     let mut closed = Closed::default();
     closed.released = queues.values().map(|queue| queue.burden(id).1).sum();
-    for (_, handle) in subscriptions {
+    for (_, handle) in &subscriptions {
         handle.stop();
     }
     // Nothing is handed over any more. What came from other instances meanwhile, and just was, has what is left of the time.

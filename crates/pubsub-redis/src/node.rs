@@ -10,7 +10,7 @@ use fred::interfaces::{ClientLike, EventInterface};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, InstanceId, SettleQueue, Timer};
+use pubsub_core::machinery::{Closing, DeadLetterSink, DeliveryQueue, InstanceId, SettleQueue, Timer};
 use pubsub_core::{Closed, Error, Event, Group, Result, Scope, Status, Topic, wire};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -66,6 +66,8 @@ pub(crate) struct Node {
     status: watch::Sender<Status>,
     pub(crate) told: ToldOf,
     pub(crate) attached: Mutex<Attached>,
+    /// Begun while nothing can be attached.
+    closing: Closing,
     tasks: Mutex<Vec<AbortHandle>>,
 }
 
@@ -85,8 +87,6 @@ pub(crate) struct Attached {
     desks: HashMap<(Topic, Group), Weak<Desk>>,
     followers: Vec<Weak<Attachment>>,
     members: Vec<Weak<Membership>>,
-    /// Set once by the first `close`; says what it left when it has ended.
-    pub(crate) closing: Option<watch::Receiver<Option<Closed>>>,
 }
 
 impl Node {
@@ -124,6 +124,7 @@ impl Node {
             status,
             told: ToldOf::default(),
             attached: Mutex::default(),
+            closing: Closing::default(),
             tasks: Mutex::new(tasks),
         }))
     }
@@ -185,7 +186,7 @@ impl Node {
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.attached.lock().closing.is_some()
+        self.closing.has_begun()
     }
 
     /// Waits for the close.
@@ -215,7 +216,7 @@ impl Node {
     /// `Closed`.
     pub(crate) fn attach<R>(&self, topic: &Topic, attach: impl FnOnce(&mut Attached, &Arc<Channel>) -> R) -> Result<R> {
         let mut attached = self.attached.lock();
-        if attached.closing.is_some() {
+        if self.is_closed() {
             return Err(Error::closed());
         }
         let channel = attached.channels.entry(topic.clone()).or_insert_with(|| {
@@ -292,8 +293,19 @@ impl Node {
         }
     }
 
+    /// Closes, or waits for a close that has begun.
+    pub(crate) async fn close(self: &Arc<Self>, within: Duration) -> Result<Closed> {
+        {
+            let _nothing_attaches = self.attached.lock();
+            let node = self.clone();
+            self.closing.begin(&self.timer().runtime(), || async move { node.end(within).await });
+        }
+        self.tell(Status::Closed);
+        self.closing.ended().await
+    }
+
     /// Drains what was accepted within the time, then ends everything.
-    pub(crate) async fn end(self: &Arc<Self>, within: Duration) -> Closed {
+    async fn end(self: &Arc<Self>, within: Duration) -> Closed {
         let until = Instant::now() + within;
         let (followers, members) = {
             let attached = self.attached.lock();

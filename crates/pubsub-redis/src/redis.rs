@@ -9,10 +9,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use pubsub_core::{
     Capabilities, Closed, Cursor, Durability, Error, ErrorKind, Event, GroupStatus, Groups, LateSettlement, LeaseProvider,
-    LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, Status, StatusWatch,
+    LossNotice, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result, Retention, Start, StatusWatch,
     SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter, wire,
 };
-use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::desk::Desk;
@@ -367,23 +366,7 @@ impl PubSub for RedisStreamsPubSub {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let mut ended = {
-            let mut attached = self.0.attached.lock();
-            match &attached.closing {
-                Some(ended) => ended.clone(),
-                None => {
-                    let (tell, ended) = watch::channel(None);
-                    attached.closing = Some(ended.clone());
-                    self.0.tell(Status::Closed);
-                    let node = self.0.clone();
-                    // A task of its own, bounded by its time: the caller may go away.
-                    self.0.timer().runtime().spawn(async move { tell.send_replace(Some(node.end(within).await)) });
-                    ended
-                }
-            }
-        };
-        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?;
-        Ok(closed.unwrap_or_default())
+        self.0.close(within).await
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {

@@ -76,6 +76,8 @@
 //!   order, under ids and times of the broker's; there is no history, no durable group, no lease, and nothing outlives the broker.
 //!   Attempts are counted, and retries kept, by each instance. [`capabilities`](pubsub_core::PubSub::capabilities) says so while it lasts, and changes when brokers do;
 //!   what has to hold at all times is had with [`native_only`](UnixBuilder::native_only).
+//! - *A process of theirs may not come back* from an election: if the new broker goes too while it subscribes again, its start waits for itself,
+//!   and all its calls hang (1.71; rare, and only where brokers are killed in quick succession). It has to be started again.
 //! - *Data* is plain JSON in both directions. A `Date` is read as text, a `BigInt` as a number, a `Map` as an object; the table is [below](#envelopes).
 //!   With [`envelopes`](UnixBuilder::envelopes) an application reads and writes the tagged envelopes themselves.
 

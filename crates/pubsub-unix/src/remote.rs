@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
+use pubsub_core::machinery::{Aftermath, Closing, DeadLetterSink, DeliveryQueue, Entry, Timer};
 use pubsub_core::{AckMode, Closed, Error, Event, Result, Status, SubscribeOptions, Subscription, Topic};
-use tokio::sync::watch;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::convert::decode;
@@ -30,6 +30,8 @@ pub(crate) struct Remote {
     tagged: bool,
     numbers: AtomicU64,
     attached: Mutex<Attached>,
+    /// Begun while nothing can be attached.
+    closing: Closing,
     carrier: Mutex<Option<Carrier>>,
 }
 
@@ -38,14 +40,12 @@ pub(crate) struct Attached {
     /// What `local_only` events go to. Each fan-out subscription has its own; the members of a group share one.
     queues: Vec<(Topic, Arc<DeliveryQueue>)>,
     attachments: Vec<Weak<Attachment>>,
-    /// Set once by the first `close`; says what it left when it has ended.
-    closing: Option<watch::Receiver<Option<Closed>>>,
 }
 
 impl Remote {
     pub(crate) fn new(link: Arc<Link>, timer: Arc<Timer>, carrier: Carrier, tagged: bool) -> Arc<Self> {
-        let (attached, carrier) = (Mutex::default(), Mutex::new(Some(carrier)));
-        Arc::new(Self { link, timer, instance: 0, tagged, numbers: AtomicU64::new(1), attached, carrier })
+        let (attached, closing, carrier) = (Mutex::default(), Closing::default(), Mutex::new(Some(carrier)));
+        Arc::new(Self { link, timer, instance: 0, tagged, numbers: AtomicU64::new(1), attached, closing, carrier })
     }
 
     /// An event as it travels.
@@ -70,7 +70,7 @@ impl Remote {
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        self.attached.lock().closing.is_some()
+        self.closing.has_begun()
     }
 
     /// How many fan-out subscriptions of a topic this instance has.
@@ -109,7 +109,7 @@ impl Remote {
         options: SubscribeOptions,
     ) -> Result<(Arc<Attachment>, Subscription)> {
         let mut attached = self.attached.lock();
-        if attached.closing.is_some() {
+        if self.is_closing() {
             return Err(Error::closed());
         }
         attached.queues.retain(|(_, queue)| !queue.is_ended());
@@ -144,19 +144,15 @@ impl Remote {
         Ok((attachment, inner))
     }
 
-    /// Begins to close, or joins a close that has begun.
-    pub(crate) fn close(self: &Arc<Self>, within: Duration) -> watch::Receiver<Option<Closed>> {
-        let mut attached = self.attached.lock();
-        if let Some(ended) = &attached.closing {
-            return ended.clone();
+    /// Closes, or waits for a close that has begun.
+    pub(crate) async fn close(self: &Arc<Self>, within: Duration) -> Result<Closed> {
+        {
+            let _nothing_attaches = self.attached.lock();
+            let remote = self.clone();
+            self.closing.begin(&Handle::current(), || async move { remote.end(within).await });
         }
-        let (tell, ended) = watch::channel(None);
-        attached.closing = Some(ended.clone());
         self.link.tell(Status::Closed);
-        let remote = self.clone();
-        // A task of its own, bounded by its time: the caller may go away.
-        tokio::spawn(async move { tell.send_replace(Some(remote.end(within).await)) });
-        ended
+        self.closing.ended().await
     }
 
     /// Drains what was accepted within the time, then ends everything.

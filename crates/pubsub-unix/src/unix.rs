@@ -296,9 +296,7 @@ impl PubSub for UnixSocketPubSub {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let mut ended = self.remote.close(within);
-        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?;
-        Ok(closed.unwrap_or_default())
+        self.remote.close(within).await
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {

@@ -1,69 +1,56 @@
 //! A backend of one's own: a bus within one process, over the queues that all backends share.
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::{BoxFuture, FutureExt, Shared, join_all};
 use parking_lot::{Mutex, MutexGuard};
-use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, Timer};
+use pubsub_core::machinery::{self, Aftermath, Closing, DeliveryQueue, Entry, Timer};
 use pubsub_core::*;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 const INSTANCE: u64 = 0; // queues can tell the instances of a bus apart; here there is one
 
-/// One queue for each fan-out subscription of a topic, and one for each group.
-type Queues = HashMap<Topic, Vec<Arc<DeliveryQueue>>>;
-
 /// A bus for one process and one instance, with fan-out, groups, retries and dead letters. It keeps nothing for those who come later.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TinyBus(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    queues: Mutex<Queues>,
+    /// One for each fan-out subscription of a topic, and one for each group.
+    queues: Mutex<HashMap<Topic, Vec<Arc<DeliveryQueue>>>>,
+    closing: Closing,
     timer: Arc<Timer>,
     status: watch::Sender<Status>,
-    /// One close, however many ask for it.
-    closing: OnceLock<Shared<BoxFuture<'static, Closed>>>,
     publish_timeout: Duration,
 }
 
 impl TinyBus {
-    /// A new bus, at whose full queues publishers and dead letters wait for so long. Fails outside a tokio runtime.
+    /// A new bus, at whose full queues publishers wait for so long. Fails outside a tokio runtime.
     pub fn new(publish_timeout: Duration) -> Result<Self> {
         let (timer, status) = (Arc::new(Timer::new()?), watch::Sender::new(Status::Connected));
-        Ok(Self(Arc::new(Inner { queues: Mutex::default(), timer, status, closing: OnceLock::new(), publish_timeout })))
+        let (queues, closing) = (Mutex::default(), Closing::default());
+        Ok(Self(Arc::new(Inner { queues, closing, timer, status, publish_timeout })))
     }
 
-    fn open(&self) -> Result<MutexGuard<'_, Queues>> {
+    fn open(&self) -> Result<MutexGuard<'_, HashMap<Topic, Vec<Arc<DeliveryQueue>>>>> {
         let queues = self.0.queues.lock(); // a close begins under this lock
-        if self.0.closing.get().is_some() { Err(Error::closed()) } else { Ok(queues) }
+        if self.0.closing.has_begun() { Err(Error::closed()) } else { Ok(queues) }
     }
 
     /// Gives an event to every queue of a topic, or to none and returns one that is full.
     fn offer(&self, topic: &Topic, event: &Arc<Event>) -> Result<Option<Arc<DeliveryQueue>>> {
-        let (all, mut aftermath) = (self.open()?, Aftermath::new());
+        let mut aftermath = Aftermath::new(); // ends after the lock is released: it may run anything
+        let all = self.open()?;
         let queues = all.get(topic).map_or(&[][..], Vec::as_slice);
-        if let Some(full) = queues.iter().find(|queue| queue.room() == 0 && !queue.is_ended()) {
-            return Ok(Some(full.clone()));
+        let full = queues.iter().find(|queue| queue.room() == 0 && !queue.is_ended());
+        if full.is_none() {
+            queues.iter().for_each(|queue| queue.push([Entry::new(event.clone())], &mut aftermath));
         }
-        queues.iter().for_each(|queue| queue.push([Entry::new(event.clone())], &mut aftermath));
-        drop(all);
-        aftermath.finish(); // not under the lock: it may run anything
-        Ok(None)
-    }
-}
-
-/// Publishes dead letters like anything else. Queues must not keep alive the bus that owns them, hence weak.
-struct Letters(Weak<Inner>);
-
-impl DeadLetterSink for Letters {
-    fn take(&self, topic: &Topic, letter: Event) -> Option<BoxFuture<'static, ()>> {
-        let (bus, topic, options) = (TinyBus(self.0.upgrade()?), topic.clone(), PublishOptions::local_only());
-        Some(Box::pin(async move { drop(bus.publish(&topic, &[Arc::new(letter)], options).await) }))
+        Ok(full.cloned())
     }
 }
 
@@ -73,11 +60,8 @@ impl PubSub for TinyBus {
         Capabilities::in_process()
     }
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
-        let refused = |error: Error| PublishError::none_sent(error.on(topic), events.len());
-        self.open().map(drop).and_then(|()| options.validate()).map_err(refused)?;
-        if !options.local_only && events.iter().any(|event| event.payload().is_live()) {
-            return Err(refused(ErrorKind::NotSerializable("a live value is for `local_only`".into()).into()));
-        }
+        let prepared = self.open().map(drop).and_then(|()| machinery::prepare(events, &options, &self.capabilities()));
+        prepared.map_err(|error| PublishError::none_sent(error.on(topic), events.len()))?;
         let deadline = Instant::now() + options.timeout.unwrap_or(self.0.publish_timeout);
         for (sent, event) in events.iter().enumerate() {
             let failed = |error: Error| PublishError::prefix_sent(error.on(topic), sent, events.len());
@@ -99,7 +83,9 @@ impl PubSub for TinyBus {
         if let Some(joined) = queues.iter().find(same_group).and_then(|queue| queue.join(INSTANCE, options.clone(), || ())) {
             return Ok(joined);
         }
-        let (topic, timer, letters) = (topic.clone(), self.0.timer.clone(), Arc::new(Letters(Arc::downgrade(&self.0))));
+        let bus = Arc::downgrade(&self.0); // queues must not keep alive the bus that owns them
+        let letters = machinery::publish_letters(PublishOptions::local_only(), move || Some(Arc::new(Self(bus.upgrade()?))));
+        let (topic, timer) = (topic.clone(), self.0.timer.clone());
         queues.push(match options.group.clone() {
             Some(group) => DeliveryQueue::group(topic, group, timer, letters),
             None => DeliveryQueue::fan_out(topic, timer, letters),
@@ -116,7 +102,6 @@ impl PubSub for TinyBus {
     async fn trim_topic(&self, _: &Topic, _: TrimFilter) -> Result<u64> {
         self.open().map(|_| 0)
     }
-
     async fn inspect(&self, topic: &Topic) -> Result<TopicStatus> {
         let all = self.open()?;
         let queues = || all.get(topic).into_iter().flatten().filter(|queue| !queue.is_ended());
@@ -135,28 +120,14 @@ impl PubSub for TinyBus {
     async fn flush(&self) -> Result<()> {
         Ok(()) // nothing is under way once its call has returned
     }
-
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let closing = {
+        {
             let all = self.0.queues.lock();
-            let queues = || all.values().flatten().cloned().collect();
-            // In a task of its own, so that a close that nobody waits for any more comes to its end too.
-            let begin = || tokio::spawn(end(queues(), within)).map(Result::unwrap_or_default).boxed().shared();
-            self.0.closing.get_or_init(begin).clone()
-        };
+            self.0.closing.begin(&Handle::current(), || {
+                machinery::end_queues(all.values().flatten().cloned().collect(), INSTANCE, within)
+            });
+        }
         self.0.status.send_replace(Status::Closed);
-        Ok(closing.await)
+        self.0.closing.ended().await
     }
-}
-
-/// Waits until nothing is queued or held, but not for longer than this, and takes back the rest.
-async fn end(queues: Vec<Arc<DeliveryQueue>>, within: Duration) -> Closed {
-    drop(timeout(within, join_all(queues.iter().map(|queue| queue.relieved(INSTANCE)))).await);
-    let mut closed = Closed::default();
-    for queue in queues {
-        closed.released += queue.burden(INSTANCE).1;
-        closed.cut_off += queue.revoke(INSTANCE);
-        queue.end();
-    }
-    closed
 }

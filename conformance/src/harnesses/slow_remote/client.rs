@@ -9,12 +9,13 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{Aftermath, DeadLetterSink, DeliveryQueue, Entry, SettleQueue, Timer};
+use pubsub_core::machinery::{Aftermath, Closing, DeadLetterSink, DeliveryQueue, Entry, SettleQueue, Timer};
 use pubsub_core::{
     Capabilities, Closed, Cursor, Deduplication, Durability, Error, ErrorKind, Event, Fate, Groups, LeaseProvider, Page,
     Positions, PubSub, PublishError, PublishOptions, ReplayIndex, Result, Retention, Start, Status, StatusWatch,
     SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter, wire,
 };
+use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -47,6 +48,8 @@ pub(super) struct Remote {
     pub(super) timer: Arc<Timer>,
     status: watch::Sender<Status>,
     attached: Mutex<Attached>,
+    /// Begun while nothing can be attached.
+    closing: Closing,
     tasks: [AbortHandle; 2],
     /// Dropped, it lets the tasks end once they have sent what was recorded.
     _alive: oneshot::Sender<()>,
@@ -57,8 +60,6 @@ struct Attached {
     /// What `local_only` events go to. Each fan-out subscription has its own; the members of a group share one.
     queues: Vec<(Topic, Arc<DeliveryQueue>)>,
     attachments: Vec<Weak<Attachment>>,
-    /// Set once by the first `close`; says what it left when it has ended.
-    closing: Option<watch::Receiver<Option<Closed>>>,
 }
 
 pub(super) fn capabilities() -> Capabilities {
@@ -91,6 +92,7 @@ impl SlowRemote {
             timer,
             status,
             attached: Mutex::default(),
+            closing: Closing::default(),
             tasks: [connection, sending],
             _alive: alive,
         })))
@@ -102,7 +104,7 @@ impl SlowRemote {
     }
 
     fn check_open(&self, operation: &'static str, topic: &Topic) -> Result<()> {
-        let closed = self.0.attached.lock().closing.is_some();
+        let closed = self.0.closing.has_begun();
         if closed { Err(Error::closed().during(operation).on(topic)) } else { Ok(()) }
     }
 
@@ -169,7 +171,7 @@ impl Remote {
     /// Attaches a subscription, before the server knows of it.
     fn attach(self: &Arc<Self>, topic: &Topic, options: SubscribeOptions) -> Result<(Arc<Attachment>, Subscription)> {
         let mut attached = self.attached.lock();
-        if attached.closing.is_some() {
+        if self.closing.has_begun() {
             return Err(Error::closed());
         }
         attached.queues.retain(|(_, queue)| !queue.is_ended());
@@ -317,7 +319,7 @@ impl PubSub for SlowRemote {
     }
 
     async fn flush(&self) -> Result<()> {
-        if self.0.attached.lock().closing.is_none() {
+        if !self.0.closing.has_begun() {
             self.0.notices.flush().await;
             let _ = self.0.link.ask(|_| ()).await; // closed meanwhile is flushed, too
         }
@@ -325,23 +327,13 @@ impl PubSub for SlowRemote {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let mut ended = {
-            let mut attached = self.0.attached.lock();
-            match &attached.closing {
-                Some(ended) => ended.clone(),
-                None => {
-                    let (tell, ended) = watch::channel(None);
-                    attached.closing = Some(ended.clone());
-                    self.0.status.send_replace(Status::Closed);
-                    let remote = self.0.clone();
-                    // A task of its own, bounded by its time: the caller may go away.
-                    tokio::spawn(async move { tell.send_replace(Some(remote.end(within).await)) });
-                    ended
-                }
-            }
-        };
-        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?;
-        Ok(closed.unwrap_or_default())
+        {
+            let _nothing_attaches = self.0.attached.lock();
+            let remote = self.0.clone();
+            self.0.closing.begin(&Handle::current(), || async move { remote.end(within).await });
+        }
+        self.0.status.send_replace(Status::Closed);
+        self.0.closing.ended().await
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {
