@@ -2,7 +2,7 @@
 
 mod cached;
 mod emitter;
-mod gcp;
+pub mod gcp;
 mod guarantees;
 pub mod mastra;
 mod memory_store;

@@ -7,12 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use gcloud_sdk::google::pubsub::v1::Subscription as OnService;
+use pubsub_core::machinery::{self, Pause};
 use pubsub_core::{
     Attempts, Capabilities, Capability, Closed, Durability, Error, ErrorKind, Event, Group, GroupStatus, Groups,
     LateSettlement, LeaseProvider, LossNotice, Order, Page, Positions, PubSub, PublishError, PublishOptions, Reach, Result,
     Retention, Start, StatusWatch, SubscribeOptions, Subscription, Topic, TopicStatus, TrimFilter,
 };
-use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::GcpBuilder;
@@ -23,7 +23,6 @@ use crate::listener::{Attachment, Listener, ListenerSource};
 use crate::member::{MemberSource, Membership, inner_options};
 use crate::message;
 use crate::node::{INSTANCE, Node};
-use crate::pause::Pause;
 use crate::provision::{Spec, dead_letters, expires};
 use crate::publish::Failed;
 
@@ -109,7 +108,7 @@ impl GoogleCloudPubSub {
                 Err(_) => Fault::timed_out(),
             };
             services.ill(&fault);
-            let again = Instant::now() + pause.next();
+            let again = Instant::now() + pause.step();
             if !fault.is_temporary() || again >= until {
                 return Err(Error::from(fault).during(operation).on(topic));
             }
@@ -243,6 +242,7 @@ fn capabilities(options: &GcpBuilder) -> Capabilities {
     capabilities.durability = Durability::Server;
     capabilities.retention = Retention::Backlog;
     capabilities.groups = Groups::Durable;
+    capabilities.group_history = options.topic_retention.is_some();
     capabilities.attempts = Attempts::Instance;
     capabilities.late_settlement = LateSettlement::Unconfirmed;
     capabilities.loss_notice = LossNotice::Silent;
@@ -259,7 +259,8 @@ impl PubSub for GoogleCloudPubSub {
 
     async fn publish(&self, topic: &Topic, events: &[Arc<Event>], options: PublishOptions) -> Result<Positions, PublishError> {
         let refuse = |error: Error| PublishError::none_sent(error.during("publish").on(topic), events.len());
-        self.check_open("publish", topic).and_then(|()| options.validate()).map_err(refuse)?;
+        self.check_open("publish", topic).map_err(refuse)?;
+        machinery::prepare(events, &options, &self.capabilities()).map_err(refuse)?;
         if options.local_only {
             return self.publish_locally(topic, events, &options).await;
         }
@@ -275,10 +276,7 @@ impl PubSub for GoogleCloudPubSub {
         };
         // Those that are there before certainly get it.
         let hubs = channel.map(|channel| channel.open_hubs()).unwrap_or_default();
-        let encode = |event: &Arc<Event>| {
-            event.check_size(services.options.max_payload).map_err(|error| error.on(event.id()))?;
-            message::encode(event, &route, services.options.ordering)
-        };
+        let encode = |event: &Arc<Event>| message::encode(event, &route, services.options.ordering);
         let messages = events.iter().map(encode).collect::<Result<Vec<_>>>().map_err(refuse)?;
         if messages.is_empty() {
             return Ok(Positions::none());
@@ -353,24 +351,7 @@ impl PubSub for GoogleCloudPubSub {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        let mut ended = {
-            let mut attached = self.0.attached.lock();
-            match &attached.closing {
-                Some(ended) => ended.clone(),
-                None => {
-                    let (tell, ended) = watch::channel(None);
-                    attached.closing = Some(ended.clone());
-                    self.0.tell_closed();
-                    let node = self.0.clone();
-                    // A task of its own, bounded by its time: the caller may go away.
-                    let runtime = self.0.services.timer.runtime();
-                    runtime.spawn(async move { tell.send_replace(Some(node.end(within).await)) });
-                    ended
-                }
-            }
-        };
-        let closed = ended.wait_for(Option::is_some).await.map_err(|_| Error::closed().during("close"))?;
-        Ok(closed.unwrap_or_default())
+        self.0.close(within).await
     }
 
     fn leases(&self) -> Option<Arc<dyn LeaseProvider>> {

@@ -14,6 +14,7 @@ use futures::future::BoxFuture;
 use gcloud_sdk::google::pubsub::v1::{ReceivedMessage, Subscription};
 use gcloud_sdk::prost_types;
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use pubsub_core::{Error, Result, dead_letter};
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -24,7 +25,6 @@ use crate::errors::Fault;
 use crate::message::{Arrival, Content};
 use crate::names;
 use crate::node::{Services, UNHEARD_WORDS};
-use crate::pause::Pause;
 use crate::provision::{Spec, expires, seconds};
 use crate::settle::What;
 use crate::stream::{self, Bell, Feed, Opening, Want};
@@ -134,7 +134,7 @@ impl Hub {
                 Ok(Err(fault)) => fault,
                 Err(_) => Fault::timed_out(),
             };
-            let again = Instant::now() + pause.next();
+            let again = Instant::now() + pause.step();
             if !fault.is_temporary() || again >= until || self.services.is_closed() || self.has_ended() {
                 break Err(fault);
             }
@@ -223,7 +223,7 @@ impl Hub {
             loop {
                 match timeout_at(until, hub.services.link.delete_subscription(&hub.name)).await {
                     Ok(Ok(())) => break,
-                    Ok(Err(fault)) if fault.is_temporary() => tokio::time::sleep(pause.next()).await,
+                    Ok(Err(fault)) if fault.is_temporary() => tokio::time::sleep(pause.step()).await,
                     Ok(Err(fault)) => {
                         tracing::warn!(subscription = %hub.name, %fault, "a private subscription is left behind, until it expires");
                         break;

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{DeadLetterSink, DeliveryQueue, InstanceId, SettleQueue, Timer};
+use pubsub_core::machinery::{Closing, DeadLetterSink, DeliveryQueue, InstanceId, Pause, SettleQueue, Timer};
 use pubsub_core::{Closed, Error, Event, Group, Result, Status, Topic};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -25,7 +25,6 @@ use crate::listener::Attachment;
 use crate::member::Membership;
 use crate::message;
 use crate::names::Names;
-use crate::pause::Pause;
 use crate::provision::Provision;
 use crate::publish::Publisher;
 use crate::settle::{self, Notice, What};
@@ -151,7 +150,7 @@ impl Services {
                     return false;
                 }
             }
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.step()).await;
         }
     }
 }
@@ -171,6 +170,8 @@ impl fmt::Debug for Services {
 pub(crate) struct Node {
     pub(crate) services: Arc<Services>,
     pub(crate) attached: Mutex<Attached>,
+    /// Begun while nothing can be attached.
+    closing: Closing,
 }
 
 /// What is attached, so that closing can end it.
@@ -181,8 +182,6 @@ pub(crate) struct Attached {
     hubs: Vec<Weak<Hub>>,
     listeners: Vec<Weak<Attachment>>,
     members: Vec<Weak<Membership>>,
-    /// Set once by the first `close`; says what it left when it has ended.
-    pub(crate) closing: Option<watch::Receiver<Option<Closed>>>,
 }
 
 impl Node {
@@ -212,20 +211,15 @@ impl Node {
             tokio::spawn(bury_all(services.burials.clone(), Arc::downgrade(&services))).abort_handle(),
         ];
         services.tasks.lock().extend(tasks);
-        Ok(Arc::new(Self { services, attached: Mutex::default() }))
+        Ok(Arc::new(Self { services, attached: Mutex::default(), closing: Closing::default() }))
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.services.status.subscribe()
     }
 
-    /// Begins the close, once: from now on work is refused.
-    pub(crate) fn tell_closed(&self) {
-        self.services.status.send_replace(Status::Closed);
-    }
-
     pub(crate) fn is_closed(&self) -> bool {
-        self.attached.lock().closing.is_some()
+        self.closing.has_begun()
     }
 
     /// A topic, if anything of this instance is attached to it.
@@ -239,7 +233,7 @@ impl Node {
     /// `Closed`.
     pub(crate) fn attach<R>(&self, topic: &Topic, attach: impl FnOnce(&mut Attached, &Arc<Channel>) -> R) -> Result<R> {
         let mut attached = self.attached.lock();
-        if attached.closing.is_some() {
+        if self.is_closed() {
             return Err(Error::closed());
         }
         let services = &self.services;
@@ -270,8 +264,19 @@ impl Node {
         }
     }
 
+    /// Closes, or waits for a close that has begun.
+    pub(crate) async fn close(self: &Arc<Self>, within: Duration) -> Result<Closed> {
+        {
+            let _nothing_attaches = self.attached.lock();
+            let node = self.clone();
+            self.closing.begin(&self.services.timer.runtime(), || async move { node.end(within).await });
+        }
+        self.services.status.send_replace(Status::Closed);
+        self.closing.ended().await
+    }
+
     /// Drains what was accepted within the time, then ends everything.
-    pub(crate) async fn end(self: Arc<Self>, within: Duration) -> Closed {
+    async fn end(self: Arc<Self>, within: Duration) -> Closed {
         let until = Instant::now() + within;
         let services = self.services.clone();
         let (listeners, members, desks) = {
@@ -318,7 +323,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if self.get_closing() {
+        if self.is_closed() {
             return;
         }
         // Nothing is attached any more; what was settled last is still to be said.
@@ -328,12 +333,6 @@ impl Drop for Node {
             let _ = timeout_at(until, services.publisher.flush()).await;
             let _ = timeout_at(until, services.notices.flush()).await;
         });
-    }
-}
-
-impl Node {
-    fn get_closing(&mut self) -> bool {
-        self.attached.get_mut().closing.is_some()
     }
 }
 

@@ -11,6 +11,7 @@ use gcloud_sdk::google::pubsub::v1::PubsubMessage;
 use gcloud_sdk::prost::Message;
 use gcloud_sdk::tonic::Code;
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use pubsub_core::{Error, ErrorKind, Fate};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
@@ -19,7 +20,6 @@ use tokio::time::{Instant, timeout_at};
 use crate::GcpBuilder;
 use crate::errors::Fault;
 use crate::link::Link;
-use crate::pause::Pause;
 use crate::provision::Provision;
 
 /// How many requests without a key are under way at a time, of each topic.
@@ -430,7 +430,7 @@ impl Shared {
                 false => (fault, false),
             };
             unknown |= fault.is_unknown();
-            let again = Instant::now() + pause.next();
+            let again = Instant::now() + pause.step();
             if !(made || fault.is_temporary()) || again >= until {
                 break fault;
             }

@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 use pubsub_core::Settled;
-use pubsub_core::machinery::{OpenSettlement, SettleQueue};
+use pubsub_core::machinery::{OpenSettlement, Pause, SettleQueue};
 use tokio::time::Instant;
 
 use crate::desk::Desk;
 use crate::errors::{Fault, Refusal};
 use crate::link::Link;
-use crate::pause::Pause;
 
 /// How many records are looked at together, and how many ack ids go in one request: with what the service makes them of, more would
 /// be over its limit of 512 KiB.
@@ -73,7 +72,7 @@ async fn send(link: &Link, subscription: Arc<str>, what: What, mut waiting: Vec<
                 let again = sort_out(batch, &fault);
                 if !again.is_empty() {
                     waiting.splice(0..0, again);
-                    tokio::time::sleep(pause.next()).await;
+                    tokio::time::sleep(pause.step()).await;
                 } else if !fault.is_temporary() && fault.ids.is_empty() && !fault.is_not_found() {
                     tracing::warn!(%subscription, ?what, %fault, "settlements were refused");
                 }

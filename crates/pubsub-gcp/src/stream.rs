@@ -10,13 +10,13 @@ use std::time::Duration;
 use futures::{FutureExt, Stream, StreamExt};
 use gcloud_sdk::google::pubsub::v1::{ReceivedMessage, StreamingPullRequest, StreamingPullResponse};
 use gcloud_sdk::tonic::Streaming;
+use pubsub_core::machinery::Pause;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::errors::Fault;
 use crate::link::Link;
-use crate::pause::Pause;
 
 /// How long the end of a stream is waited for.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -130,7 +130,7 @@ async fn run<F: Feed>(feed: Weak<F>, mut bell: watch::Receiver<()>, link: Arc<Li
             lost = true;
         }
         drop(there);
-        let pausing = tokio::time::sleep(pause.next());
+        let pausing = tokio::time::sleep(pause.step());
         let mut pausing = pin!(pausing);
         loop {
             tokio::select! {

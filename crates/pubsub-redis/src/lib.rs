@@ -115,7 +115,6 @@ mod link;
 mod look;
 mod node;
 mod page;
-mod pause;
 mod publish;
 mod reader;
 mod readers;

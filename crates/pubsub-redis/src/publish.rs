@@ -17,6 +17,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use pubsub_core::Fate;
+use pubsub_core::machinery::Pause;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
@@ -24,7 +25,6 @@ use crate::RedisBuilder;
 use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link, Script};
-use crate::pause::Pause;
 use crate::reply;
 
 /// How many publish calls wait for the writer before the next one waits to be taken; and how many it works on.
@@ -484,7 +484,7 @@ impl Task {
                 Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
                 Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
             };
-            let next = Instant::now() + pause.next();
+            let next = Instant::now() + pause.step();
             if next >= until {
                 return Err(fault);
             }

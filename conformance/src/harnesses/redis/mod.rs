@@ -111,6 +111,7 @@ impl Harness for RedisHarness {
         declared.retention = Retention::History;
         declared.dead_letter_history = true;
         declared.groups = Groups::Durable;
+        declared.group_history = true;
         declared.loss_notice = LossNotice::Counted;
         declared.publish_waits = false;
         declared.max_payload = Some(MAX_PAYLOAD);
