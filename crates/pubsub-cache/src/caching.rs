@@ -418,7 +418,9 @@ impl PubSub for CachingPubSub {
             options.validate(topic, &self.0.capabilities)?;
             return self.0.watch(topic, options).await;
         }
-        options.validate(topic, &self.0.capabilities)?;
+        if matches!(options.start, Some(Start::Index(_))) {
+            options.validate(topic, &self.0.capabilities)?;
+        }
         let mut options = options;
         options.start = self.0.start_below(topic, &options).await.map_err(|error| error.during("subscribe").on(topic))?;
         self.0.inner.subscribe(topic, options).await
