@@ -29,8 +29,8 @@ const READY: Duration = Duration::from_secs(20);
 /// Where workers say that they are ready.
 const TOPIC: &str = "fleet";
 
-/// Runs the program: as the director, or as the worker that the command line names.
-pub async fn run<D, W, F>(needed: &[Capability], direct: D, work: W) -> ExitCode
+/// Runs the program: as the director, or as the worker that the command line names, in one of these roles.
+pub async fn run<D, W, F>(roles: &[&str], needed: &[Capability], direct: D, work: W) -> ExitCode
 where
     D: AsyncFnOnce(Fleet<W>) -> Result<Proof>,
     W: Fn(Role) -> F + Copy + Send + 'static,
@@ -39,7 +39,15 @@ where
     let mut arguments = std::env::args().skip(1);
     let url = arguments.next().unwrap_or("memory:".into());
     let outcome = match (arguments.next(), arguments.next()) {
+        _ if ["--help", "-h"].contains(&url.as_str()) => {
+            println!("{}", usage(roles));
+            return ExitCode::SUCCESS;
+        }
         (None, _) => lead(url, needed, direct, work).await,
+        (Some(role), _) if !roles.contains(&role.as_str()) || arguments.next().is_some() => {
+            eprintln!("{}", usage(roles));
+            return ExitCode::from(2);
+        }
         (Some(role), name) => {
             if name.is_some() {
                 end_with_the_director();
@@ -59,6 +67,11 @@ where
             ExitCode::FAILURE
         }
     }
+}
+
+fn usage(roles: &[&str]) -> String {
+    let program = std::env::current_exe().ok().and_then(|path| Some(path.file_stem()?.to_string_lossy().into_owned()));
+    format!("usage: {} [URL [ROLE [NAME]]]; roles: {}", program.unwrap_or_default(), roles.join(", "))
 }
 
 /// Connects to a bus that can do what is needed, or says at once what would help.

@@ -18,7 +18,7 @@ use worker::{CONTROL, QUEUES, RESULT, Task, Worker};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    fleet::run(&[Capability::Groups], direct, work).await
+    fleet::run(&["worker"], &[Capability::Groups], direct, work).await
 }
 
 /// A worker: any number of them share the queues.

@@ -34,7 +34,7 @@ const OUTAGE: Duration = Duration::from_millis(2200);
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    fleet::run(&[Capability::Leases], direct, work).await
+    fleet::run(&["scheduler", "hesitant"], &[Capability::Leases], direct, work).await
 }
 
 fn schedules() -> Result<[Schedule; 3]> {

@@ -18,7 +18,7 @@ const THREAD: &str = "user-7/what to cook";
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    fleet::run(&[Capability::Leases], direct, work).await
+    fleet::run(&["agent"], &[Capability::Leases], direct, work).await
 }
 
 /// A process in which the conversation's agent can run.

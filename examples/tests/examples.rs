@@ -180,6 +180,17 @@ async fn quickstart_says_what_is_wrong_with_its_arguments() {
 }
 
 #[tokio::test]
+async fn a_role_that_does_not_exist_is_no_worker() {
+    for (program, roles) in [("workflow", "worker"), ("scheduler", "scheduler, hesitant"), ("signals", "agent")] {
+        let ran = run(program, &["memory:", "wroker"], None).await;
+        let usage = format!("usage: {program} [URL [ROLE [NAME]]]; roles: {roles}\n");
+        assert_eq!((ran.status, ran.stdout, ran.stderr), (2, String::new(), usage.clone()));
+        let ran = run(program, &["--help"], None).await;
+        assert_eq!((ran.status, ran.stdout, ran.stderr), (0, usage, String::new()));
+    }
+}
+
+#[tokio::test]
 async fn hello_is_short_and_runs() {
     assert!(include_str!("../hello.rs").lines().count() <= 15);
     for arguments in [&[][..], &["memory:greetings"]] {

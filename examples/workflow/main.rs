@@ -23,7 +23,7 @@ const FATAL: [usize; 2] = [8, 24];
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    fleet::run(&[Capability::Groups], direct, work).await
+    fleet::run(&["worker"], &[Capability::Groups], direct, work).await
 }
 
 /// A worker: any number of them carry out steps.

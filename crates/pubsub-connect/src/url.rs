@@ -74,7 +74,9 @@ impl Authority {
             Some((name, password)) => (Some(decode(name)?), Some(decode(password)?)),
             None => (None, None),
         };
-        let bad = || bad("the host is written `name`, `name:port`, `[IPv6 address]` or `[IPv6 address]:port`");
+        let bad = || {
+            bad("the host is written `name`, `name:port`, `[IPv6 address]` or `[IPv6 address]:port`, with a port up to 65535")
+        };
         let (host, rest) = match place.strip_prefix('[') {
             Some(bracketed) => bracketed.split_once(']').ok_or_else(bad)?,
             None => place.split_at(place.find(':').unwrap_or(place.len())),

@@ -198,8 +198,12 @@ impl fmt::Display for Error {
     }
 }
 
+/// What `{:#}` displays, so that an error that `main` returns can be read; `{:#?}` shows its parts.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !f.alternate() {
+            return write!(f, "{self:#}");
+        }
         f.debug_struct("Error")
             .field("kind", &self.0.kind)
             .field("operation", &self.0.operation)
@@ -315,6 +319,8 @@ mod tests {
         let because = error.caused_by(Error::new(ErrorKind::Unavailable).caused_by(std::io::Error::other("no route")));
         assert_eq!(because.to_string(), r#"publish on "orders": a subscriber's queue stayed full"#);
         assert_eq!(format!("{because:#}"), format!("{because}: unavailable: no route"));
+        assert_eq!(format!("{because:?}"), format!("{because:#}"));
+        assert!(format!("{because:#?}").starts_with("Error {"));
         let failed = PublishError::none_sent(because, 1);
         assert_eq!(format!("{failed:#}"), format!("{failed}: unavailable: no route"));
         assert_eq!(std::error::Error::source(&failed).map(ToString::to_string), Some("unavailable".to_owned()));
