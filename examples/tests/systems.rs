@@ -46,6 +46,13 @@ fn unavailable(backend: &str) -> Option<&'static str> {
     }
 }
 
+/// Why a system cannot prove anything on what stands for a backend here.
+fn left_out(backend: &str, system: &str) -> Option<&'static str> {
+    // By hand, with gcloud-sdk alone, neither do events go on to others: see "When the peer dies" of pubsub-gcp.
+    let kills_members = ["workflow", "background_tasks"].contains(&system);
+    (backend == "gcp" && kills_members).then_some("the emulator keeps back what it gives to a killed worker's stream")
+}
+
 /// Google's emulator, where Google's package puts it, if there is a Java for it.
 fn emulator() -> Option<PathBuf> {
     let library = Path::new("/usr/lib/google-cloud-sdk/platform/pubsub-emulator/lib");
@@ -183,7 +190,8 @@ type Table = Arc<Mutex<BTreeMap<(&'static str, &'static str), String>>>;
 
 fn trial(backend: &'static str, (system, claims): (&'static str, &'static [&'static str]), table: &Table) -> Trial {
     let table = table.clone();
-    let why_not = unavailable(backend);
+    let left_out = left_out(backend, system);
+    let why_not = unavailable(backend).or(left_out);
     let is_required = std::env::var("PUBSUB_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name.trim() == backend));
     let run = move || {
         if let Some(why) = why_not {
@@ -196,7 +204,9 @@ fn trial(backend: &'static str, (system, claims): (&'static str, &'static [&'sta
         table.lock().insert((system, backend), found);
         outcome
     };
-    Trial::test(format!("{backend}/{system}"), run).with_ignored_flag(why_not.is_some() && !is_required)
+    let reason = left_out.map(|why| format!(" ({why})")).unwrap_or_default();
+    let is_ignored = left_out.is_some() || why_not.is_some() && !is_required;
+    Trial::test(format!("{backend}/{system}{reason}"), run).with_ignored_flag(is_ignored)
 }
 
 fn main() -> ExitCode {

@@ -204,7 +204,7 @@ impl GoogleCloudPubSub {
         let node = &self.0;
         let spec = self.spec(topic, group, &options);
         if let Some(letters) = spec.subscription.dead_letter_policy.as_ref().map(|policy| policy.dead_letter_topic.clone()) {
-            self.ask("subscribe", topic, || node.services.provision.topic(&letters)).await?;
+            self.ask("subscribe", topic, || node.services.provision.make_topic(&letters)).await?;
         }
         self.ask("subscribe", topic, || node.services.provision.ensure(&spec)).await?;
         let (membership, source) = node.attach(topic, |attached, channel| {

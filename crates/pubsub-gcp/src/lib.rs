@@ -88,7 +88,7 @@
 //! The emulator does worse than the service where a stream's connection breaks or its process is killed: it gives further messages to
 //! the stream that is no more. With gcloud-sdk alone and a deadline of 10 s they came again after 10 to 70 s, and on a subscription
 //! with ordering, from the second broken connection on, not within 90 s: not to streams opened since, and a unary pull failed. Nothing a
-//! client does mends that. Tests against the emulator that kill workers are better off with `ordering=false`.
+//! client does mends that.
 
 mod builder;
 mod channel;

@@ -18,7 +18,7 @@ use gcloud_sdk::tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use gcloud_sdk::tonic::{Code, Response, Status, Streaming};
 use gcloud_sdk::{GoogleAuthHeaders, GoogleAuthMiddleware, GoogleAuthMiddlewareLayer, prost_types};
 use parking_lot::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tower_layer::Layer;
 
 use crate::errors::Fault;
@@ -52,11 +52,17 @@ pub(crate) struct Address {
 /// One instance's connections.
 pub(crate) struct Link {
     address: Address,
-    publisher: PublisherClient<GoogleAuthMiddleware>,
-    subscriber: SubscriberClient<GoogleAuthMiddleware>,
+    clients: Mutex<Clients>,
     /// Connections for streams, with what holds them open.
     lines: Mutex<Vec<(SubscriberClient<GoogleAuthMiddleware>, Weak<()>)>>,
     patience: Duration,
+}
+
+/// The connection that calls go over.
+struct Clients {
+    publisher: PublisherClient<GoogleAuthMiddleware>,
+    subscriber: SubscriberClient<GoogleAuthMiddleware>,
+    since: Instant,
 }
 
 /// A place on a connection for a stream, held while it is open.
@@ -87,10 +93,36 @@ impl Link {
     pub(crate) async fn open(address: Address, patience: Duration) -> Result<Self, Fault> {
         let unreachable = |error| Fault::new(Code::Unavailable, format!("{}: {error}", address.url));
         let channel = endpoint(&address, patience)?.connect().await.map_err(unreachable)?;
-        let service = Self::service(&address, channel)?;
+        let clients = Mutex::new(Self::clients(&address, channel)?);
+        Ok(Self { address, clients, lines: Mutex::default(), patience })
+    }
+
+    fn clients(address: &Address, channel: Channel) -> Result<Clients, Fault> {
+        let service = Self::service(address, channel)?;
         let publisher = PublisherClient::new(service.clone()).max_decoding_message_size(LARGEST_ANSWER);
         let subscriber = SubscriberClient::new(service).max_decoding_message_size(LARGEST_ANSWER);
-        Ok(Self { address, publisher, subscriber, lines: Mutex::default(), patience })
+        Ok(Clients { publisher, subscriber, since: Instant::now() })
+    }
+
+    fn publisher(&self) -> PublisherClient<GoogleAuthMiddleware> {
+        self.clients.lock().publisher.clone()
+    }
+
+    fn subscriber(&self) -> SubscriberClient<GoogleAuthMiddleware> {
+        self.clients.lock().subscriber.clone()
+    }
+
+    /// Makes another connection for calls, unless that was done since: a server that accepted the one while it was starting may never
+    /// answer on it.
+    fn give_up_connection(&self, of: Instant) {
+        let _old; // dropped after the lock
+        let mut clients = self.clients.lock();
+        if clients.since <= of
+            && let Ok(channel) = endpoint(&self.address, self.patience).map(|endpoint| endpoint.connect_lazy())
+            && let Ok(new) = Self::clients(&self.address, channel)
+        {
+            _old = std::mem::replace(&mut *clients, new);
+        }
     }
 
     fn service(address: &Address, channel: Channel) -> Result<GoogleAuthMiddleware, Fault> {
@@ -100,9 +132,13 @@ impl Link {
     }
 
     async fn call<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Fault> {
+        let begun = Instant::now();
         match timeout(self.patience, call).await {
             Ok(answer) => Ok(answer.map_err(Fault::from)?.into_inner()),
-            Err(_) => Err(Fault::timed_out()),
+            Err(_) => {
+                self.give_up_connection(begun);
+                Err(Fault::timed_out())
+            }
         }
     }
 
@@ -115,12 +151,12 @@ impl Link {
     }
 
     pub(crate) async fn create_topic(&self, topic: Topic) -> Result<(), Fault> {
-        let mut client = self.publisher.clone();
+        let mut client = self.publisher();
         self.call(client.create_topic(topic)).await.map(drop)
     }
 
     pub(crate) async fn delete_topic(&self, name: &str) -> Result<(), Fault> {
-        let mut client = self.publisher.clone();
+        let mut client = self.publisher();
         self.call(client.delete_topic(DeleteTopicRequest { topic: name.to_owned() })).await
     }
 
@@ -129,7 +165,7 @@ impl Link {
         let (mut names, mut page_token) = (Vec::new(), String::new());
         loop {
             let request = ListTopicSubscriptionsRequest { topic: topic.to_owned(), page_size: PAGE, page_token };
-            let mut client = self.publisher.clone();
+            let mut client = self.publisher();
             let page = self.call(client.list_topic_subscriptions(request)).await?;
             names.extend(page.subscriptions);
             page_token = page.next_page_token;
@@ -140,23 +176,23 @@ impl Link {
     }
 
     pub(crate) async fn publish(&self, topic: String, messages: Vec<PubsubMessage>) -> Result<Vec<String>, Fault> {
-        let mut client = self.publisher.clone();
+        let mut client = self.publisher();
         Ok(self.call(client.publish(PublishRequest { topic, messages })).await?.message_ids)
     }
 
     pub(crate) async fn create_subscription(&self, subscription: Subscription) -> Result<(), Fault> {
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         self.call(client.create_subscription(subscription)).await.map(drop)
     }
 
     pub(crate) async fn get_subscription(&self, name: &str) -> Result<Subscription, Fault> {
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         self.call(client.get_subscription(GetSubscriptionRequest { subscription: name.to_owned() })).await
     }
 
     /// Deletes a subscription; one that is not there is deleted.
     pub(crate) async fn delete_subscription(&self, name: &str) -> Result<(), Fault> {
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         match self.call(client.delete_subscription(DeleteSubscriptionRequest { subscription: name.to_owned() })).await {
             Err(fault) if !fault.is_not_found() => Err(fault),
             _ => Ok(()),
@@ -166,7 +202,7 @@ impl Link {
     /// Moves a subscription to what was published from a time on.
     pub(crate) async fn seek(&self, name: &str, time: prost_types::Timestamp) -> Result<(), Fault> {
         let target = Some(seek_request::Target::Time(time));
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         self.call(client.seek(SeekRequest { subscription: name.to_owned(), target })).await.map(drop)
     }
 
@@ -174,19 +210,19 @@ impl Link {
     pub(crate) async fn pull_now(&self, name: &str) -> Result<Vec<ReceivedMessage>, Fault> {
         #[expect(deprecated)] // said of waiting for messages; here nothing is waited for
         let request = PullRequest { subscription: name.to_owned(), return_immediately: true, max_messages: PAGE };
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         Ok(self.call(client.pull(request)).await?.received_messages)
     }
 
     pub(crate) async fn acknowledge(&self, subscription: &str, ack_ids: Vec<String>) -> Result<(), Fault> {
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         self.call(client.acknowledge(AcknowledgeRequest { subscription: subscription.to_owned(), ack_ids })).await
     }
 
     /// Sets the deadline of messages; 0 gives them back.
     pub(crate) async fn set_deadline(&self, subscription: &str, ack_ids: Vec<String>, seconds: i32) -> Result<(), Fault> {
         let subscription = subscription.to_owned();
-        let mut client = self.subscriber.clone();
+        let mut client = self.subscriber();
         let request = ModifyAckDeadlineRequest { subscription, ack_ids, ack_deadline_seconds: seconds };
         self.call(client.modify_ack_deadline(request)).await
     }

@@ -50,6 +50,12 @@ pub(crate) fn dead_letters(topic: String, attempts: u32) -> DeadLetterPolicy {
     DeadLetterPolicy { dead_letter_topic: topic, max_delivery_attempts: i32::try_from(attempts).unwrap_or(i32::MAX) }
 }
 
+struct Known {
+    since: Instant,
+    /// Until when publishing to it waits, if it was made anew.
+    until: Option<Instant>,
+}
+
 pub(crate) struct Provision {
     link: Arc<Link>,
     /// Whether unknown topics are made.
@@ -57,8 +63,8 @@ pub(crate) struct Provision {
     topic_retention: Option<Duration>,
     /// How long publishing waits when a topic was forgotten by its server, for the subscriptions of others to come back.
     grace: Duration,
-    /// Topics that were there, and until when publishing to one that was made anew waits.
-    known: Mutex<HashMap<String, Option<Instant>>>,
+    /// Topics that were there.
+    known: Mutex<HashMap<String, Known>>,
     /// What this instance has on the service.
     specs: Mutex<Vec<Weak<Spec>>>,
 }
@@ -72,33 +78,40 @@ impl Provision {
     pub(crate) fn seen(&self, topic: &str) {
         let mut known = self.known.lock();
         if !known.contains_key(topic) {
-            known.insert(topic.to_owned(), None);
+            known.insert(topic.to_owned(), Known { since: Instant::now(), until: None });
         }
     }
 
-    /// A topic is not there: makes it. If it had been there before, its server has forgotten it, and with it all subscriptions: they
-    /// come back first.
-    pub(crate) async fn topic(&self, topic: &str) -> Result<(), Fault> {
+    /// Makes a topic, unless it is there.
+    pub(crate) async fn make_topic(&self, topic: &str) -> Result<(), Fault> {
         if !self.create_topics {
             return Err(Fault::new(Code::NotFound, format!("{topic} does not exist, and create_topics is off")));
         }
         let retention = self.topic_retention.map(seconds);
         let made = Topic { name: topic.to_owned(), message_retention_duration: retention, ..Topic::default() };
         match self.link.create_topic(made).await {
-            Err(fault) if !fault.is_taken() => return Err(fault),
-            _ => {}
+            Err(fault) if !fault.is_taken() => Err(fault),
+            _ => Ok(()),
         }
+    }
+
+    /// A topic was not there, as the answer said to what was asked then: makes it. If it had been there before, its server has forgotten
+    /// it, and with it all subscriptions: they come back first.
+    pub(crate) async fn topic(&self, topic: &str, asked: Instant) -> Result<(), Fault> {
+        self.make_topic(topic).await?;
         let waits = {
             let mut known = self.known.lock();
             match known.get_mut(topic) {
-                None => {
-                    known.insert(topic.to_owned(), None);
-                    return Ok(());
-                }
-                Some(until) => {
+                // Others of this instance asked at the same time, and were first.
+                Some(Known { since, until: None }) if *since >= asked => return Ok(()),
+                Some(Known { until, .. }) => {
                     let waits = until.filter(|until| *until > Instant::now()).unwrap_or_else(|| Instant::now() + self.grace);
                     *until = Some(waits);
                     waits
+                }
+                None => {
+                    known.insert(topic.to_owned(), Known { since: Instant::now(), until: None });
+                    return Ok(());
                 }
             }
         };
@@ -130,24 +143,14 @@ impl Provision {
         loop {
             attempt += 1;
             match self.attach(spec).await {
-                Err(fault) if fault.is_not_found() && attempt < ATTEMPTS => self.topic_for(spec).await?,
+                Err(fault) if fault.is_not_found() && attempt < ATTEMPTS => {
+                    // Nobody need wait for what is on it: that is made here.
+                    self.make_topic(&spec.subscription.topic).await?;
+                    self.seen(&spec.subscription.topic);
+                }
                 outcome => return outcome,
             }
         }
-    }
-
-    /// Makes the topic of a subscription that is to be made: nobody need wait for what is on it.
-    async fn topic_for(&self, spec: &Spec) -> Result<(), Fault> {
-        let topic = &spec.subscription.topic;
-        if self.known.lock().contains_key(topic) {
-            let name = topic.clone();
-            let made = Topic { name, message_retention_duration: self.topic_retention.map(seconds), ..Topic::default() };
-            return match self.link.create_topic(made).await {
-                Err(fault) if !fault.is_taken() => Err(fault),
-                _ => Ok(()),
-            };
-        }
-        self.topic(topic).await
     }
 
     async fn attach(&self, spec: &Spec) -> Result<(), Fault> {

@@ -413,6 +413,7 @@ impl Shared {
         let (mut pause, mut unknown) = (Pause::new(), false);
         let until = Instant::now() + self.limits.patience;
         let fault = loop {
+            let asked = Instant::now();
             let messages = batch.iter().map(|item| item.message.clone()).collect();
             let fault = match self.link.publish(key.topic.to_string(), messages).await {
                 Ok(ids) => {
@@ -423,7 +424,7 @@ impl Shared {
                 Err(fault) => fault,
             };
             let (fault, made) = match fault.is_not_found() {
-                true => match self.provision.topic(&key.topic).await {
+                true => match self.provision.topic(&key.topic, asked).await {
                     Ok(()) => (fault, true),
                     Err(fault) => (fault, false),
                 },

@@ -118,28 +118,38 @@ async fn run<F: Feed>(feed: Weak<F>, mut bell: watch::Receiver<()>, link: Arc<Li
             Err(fault) => fault,
         };
         lost |= fault.is_temporary();
-        let Some(there) = feed.upgrade() else { return };
         // The service ends streams every now and then.
         if !fault.is_temporary() || opened.elapsed() < LASTING {
             tracing::debug!(subscription = %opening.subscription, %fault, "a stream ended");
         }
-        if let Err(fault) = there.clone().mend(fault, lost).await {
-            if !fault.is_temporary() {
-                return there.fail(fault);
+        // A server that is starting may take a stream and never serve it: the next is opened once it has answered.
+        let mut trouble = Some(fault);
+        while let Some(fault) = trouble.take() {
+            let Some(there) = feed.upgrade() else { return };
+            if let Err(fault) = there.clone().mend(fault, lost).await {
+                if !fault.is_temporary() {
+                    return there.fail(fault);
+                }
+                (lost, trouble) = (true, Some(fault));
             }
-            lost = true;
+            drop(there);
+            if !is_wanted_after(pause.step(), &feed, &mut bell).await {
+                return;
+            }
         }
-        drop(there);
-        let pausing = tokio::time::sleep(pause.step());
-        let mut pausing = pin!(pausing);
-        loop {
-            tokio::select! {
-                () = &mut pausing => break,
-                rung = bell.changed() => match (rung, feed.upgrade()) {
-                    (Ok(()), Some(feed)) if feed.want() != Want::End => {}
-                    _ => return,
-                },
-            }
+    }
+}
+
+/// Waits, and says whether the stream is wanted still.
+async fn is_wanted_after<F: Feed>(pause: Duration, feed: &Weak<F>, bell: &mut watch::Receiver<()>) -> bool {
+    let mut pausing = pin!(tokio::time::sleep(pause));
+    loop {
+        tokio::select! {
+            () = &mut pausing => return true,
+            rung = bell.changed() => match (rung, feed.upgrade()) {
+                (Ok(()), Some(feed)) if feed.want() != Want::End => {}
+                _ => return false,
+            },
         }
     }
 }

@@ -35,13 +35,21 @@ pub fn program() -> Option<PathBuf> {
     java.is_ok_and(|status| status.success()).then_some(program)
 }
 
+/// A port that no connection of anybody's is given while the emulator is killed: clients that try to come back would be given it too,
+/// and would be connected to themselves.
+fn free_port() -> io::Result<u16> {
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    let mut tries = std::iter::repeat_with(|| fastrand::u16(10_000..30_000)).take(1000);
+    tries.find(is_free).ok_or_else(|| io::ErrorKind::AddrInUse.into())
+}
+
 impl Emulator {
     /// Starts one.
     ///
     /// # Errors
     /// If it does not start.
     pub fn start() -> io::Result<Self> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let port = free_port()?;
         let emulator = Self { address: (Ipv4Addr::LOCALHOST, port).into(), child: Mutex::new(None) };
         emulator.spawn()?;
         Ok(emulator)
