@@ -92,10 +92,12 @@ async fn publish(bus: &Bus, topic: &str, event: Event) -> Outcome {
 
 async fn restarted() -> Outcome {
     let emulator = Arc::new(Emulator::start()?);
-    // While it starts, the emulator accepts connections and answers nothing: what hangs there is to be given up soon, and within the
-    // grace.
-    let patient =
-        || builder(&emulator, "restarted").command_timeout(Duration::from_secs(1)).restore_grace(Duration::from_secs(4));
+    // While it starts, the emulator accepts connections and answers nothing, and its first answers take a second or more on a busy
+    // machine: what hangs there is to be given up soon, and within the grace.
+    let patient = || {
+        let builder = builder(&emulator, "restarted").command_timeout(Duration::from_secs(1));
+        builder.restore_grace(Duration::from_secs(12)).publish_timeout(Duration::from_secs(30))
+    };
     let (bus, other) = (Bus::from(patient().connect().await?), Bus::from(patient().connect().await?));
     let mut listener = other.subscribe("load").await?;
     let mut worker = other.subscribe_group("load", "g").await?;
