@@ -29,8 +29,6 @@ const ON_THE_WAY: usize = 64;
 pub(super) struct Weather {
     pub(super) out: bool,
     pub(super) delay: Duration,
-    /// How often all connections were cut.
-    pub(super) cuts: u64,
 }
 
 pub(super) struct Proxy {
@@ -68,11 +66,8 @@ async fn carry(client: TcpStream, server: SocketAddr, weather: watch::Receiver<W
     let Ok(server) = TcpStream::connect(server).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-    let mut cut = weather.clone();
-    let cuts = cut.borrow().cuts;
     // Either end closing closes both.
     tokio::select! {
-        _ = cut.wait_for(|weather| weather.cuts != cuts) => {}
         () = pass(from_client, to_server, weather.clone()) => {}
         () = pass(from_server, to_client, weather) => {}
     }

@@ -168,7 +168,6 @@ impl Faults for GcpHarness {
     async fn inject(&self, fault: Fault) -> Result<()> {
         let Running { proxy, .. } = self.running()?;
         match fault {
-            Fault::Sever => proxy.weather.send_modify(|weather| weather.cuts += 1),
             Fault::Outage => proxy.weather.send_modify(|weather| weather.out = true),
             Fault::Heal => proxy.weather.send_modify(|weather| (weather.out, weather.delay) = (false, Duration::ZERO)),
             Fault::Delay(delay) => proxy.weather.send_modify(|weather| weather.delay = delay),
