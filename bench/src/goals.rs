@@ -38,6 +38,10 @@ const fn of_unix(setting: &'static str, against: Against, ratio: f64) -> Goal {
     Goal { backend: crate::unix::BACKEND, setting, against, ratio }
 }
 
+const fn of_gcp(setting: &'static str, ratio: f64) -> Goal {
+    Goal { backend: crate::gcp::BACKEND, setting, against: Against::Party(crate::gcp::BY_HAND), ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
 
 const NATS: Against = Against::Party("nats");
@@ -72,6 +76,12 @@ const GOALS: &[Goal] = &[
     of_unix("latency p50", Against::Limit, 1.3),
     of_unix("latency p50", NATS, 1.0),
     of_unix("takeover", Against::Figure(50_000.0), 1.0),
+    of_gcp("publish", 0.95),
+    of_gcp("publish, client CPU", 1.0),
+    of_gcp("pull, 1 stream", 0.95),
+    of_gcp("pull, 1, client CPU", 1.0),
+    of_gcp("pull, 5 streams", 0.95),
+    of_gcp("pull, 5, client CPU", 1.0),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use pubsub_core::{BoxError, Bus, Event, Group, PublishOptions, Subscription};
 use pubsub_redis::RedisStreamsPubSub;
 
-use self::plain::Calls;
+pub(crate) use self::plain::Calls;
 use self::server::Server;
 use crate::event::{QUEUE, read};
 use crate::memory::parties::{Publish, Receive, Setup, topic};

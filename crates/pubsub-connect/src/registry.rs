@@ -18,18 +18,18 @@ use crate::{BusUrl, leases};
 /// How deep buses may take their leases from one another.
 pub const MAX_NESTING: usize = 4;
 
-/// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
-const BACKENDS: &[(&str, Option<&str>)] = &[
-    ("memory", Some("memory")),
-    ("unix", Some("unix")),
-    ("redis", Some("redis")),
-    ("redis+unix", Some("redis")),
-    ("redis-sentinel", Some("redis")),
-    ("redis-cluster", Some("redis")),
-    ("rediss", Some("rediss")),
-    ("rediss-sentinel", Some("rediss")),
-    ("rediss-cluster", Some("rediss")),
-    ("gcp", None),
+/// The schemes this crate knows of, and the cargo feature that brings each.
+const BACKENDS: &[(&str, &str)] = &[
+    ("memory", "memory"),
+    ("unix", "unix"),
+    ("redis", "redis"),
+    ("redis+unix", "redis"),
+    ("redis-sentinel", "redis"),
+    ("redis-cluster", "redis"),
+    ("rediss", "rediss"),
+    ("rediss-sentinel", "rediss"),
+    ("rediss-cluster", "rediss"),
+    ("gcp", "gcp"),
 ];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
@@ -79,6 +79,8 @@ impl Registry {
         let registry = registry.with_redis(crate::redis::PLAIN);
         #[cfg(feature = "rediss")]
         let registry = registry.with_redis(crate::redis::ENCRYPTED);
+        #[cfg(feature = "gcp")]
+        let registry = registry.with("gcp", crate::gcp::gcp);
         registry
     }
 
@@ -241,10 +243,9 @@ impl Registry {
     fn no_backend(&self, scheme: &str) -> Error {
         let known = BACKENDS.iter().map(|(known, _)| *known);
         let why = match BACKENDS.iter().find(|(known, _)| *known == scheme) {
-            Some((_, Some(feature))) => format!(
+            Some((_, feature)) => format!(
                 "`{scheme}:` needs the cargo feature `{feature}` of pubsub-connect, and in a registry `Registry::with_defaults`"
             ),
-            Some((_, None)) => format!("this version of pubsub-connect has no backend for `{scheme}:`"),
             None => match nearest(scheme, known.chain(self.factories.keys().map(String::as_str))) {
                 Some(near) => format!("has the unknown scheme `{scheme}`; the nearest known one is `{near}`"),
                 None => format!("has the unknown scheme `{scheme}`"),

@@ -98,7 +98,14 @@ async fn each_refusal_names_what_is_at_fault() {
         ("unix:run/bus.sock?allow_groups=no%20such%20group", "allow_groups", "no group is called no such group"),
         #[cfg(feature = "unix")]
         ("unix:run/bus.sock?native_only=maybe", "native_only", "maybe"),
-        ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
+        #[cfg(not(feature = "gcp"))]
+        ("gcp://project", "url", "needs the cargo feature `gcp`"),
+        #[cfg(feature = "gcp")]
+        ("gcp:project", "url", "is written `gcp://PROJECT`"),
+        #[cfg(feature = "gcp")]
+        ("gcp://project/topic", "url", "is written `gcp://PROJECT`"),
+        #[cfg(feature = "gcp")]
+        ("gcp://project?strams=2", "strams", "the nearest known option is `streams`"),
         ("memory:?leases=nowhere", "url", "begins with no scheme"),
         ("memory:?leases=memory:%3Fmax_paylod=1", "max_paylod", "`max_payload`"),
         (&deep, "leases", "is nested more than 4 deep"),

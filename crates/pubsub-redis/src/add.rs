@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use fred::types::Value;
+use pubsub_core::machinery::Pause;
 use tokio::time::Instant;
 
 use crate::RedisBuilder;
 use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link, Script};
-use crate::pause::Pause;
 use crate::publish::{Call, millis};
 use crate::reply;
 
@@ -128,7 +128,7 @@ impl Shared {
                 Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
                 Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
             };
-            let next = Instant::now() + pause.next();
+            let next = Instant::now() + pause.step();
             if next >= until {
                 return Err(fault);
             }

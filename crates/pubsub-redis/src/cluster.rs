@@ -13,13 +13,13 @@ use fred::types::Value;
 use futures::FutureExt;
 use futures::future::{BoxFuture, join_all, select_ok};
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use crate::RedisBuilder;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link};
-use crate::pause::Pause;
 use crate::reply;
 
 /// How often a key that moves is followed before the command is given up.
@@ -184,7 +184,7 @@ impl Cluster {
                 }
             };
             tracing::debug!(%fault, "a key has moved");
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.step()).await;
         }
         Err(Fault::Refused("TRYAGAIN the key moves all the time".into()))
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -20,7 +21,6 @@ use crate::link::{Cmd, Link};
 use crate::look::look;
 use crate::node::Node;
 use crate::page::{Page, Request, read_pages};
-use crate::pause::Pause;
 use crate::publish::millis;
 use crate::reader::{BLOCK, Blocking, Door, FAREWELL};
 use crate::reply;
@@ -209,7 +209,7 @@ impl FanOut {
                     if !fault.is_temporary() {
                         fail(&wanted, &node, &fault).await;
                     }
-                    tokio::time::sleep(pause.next()).await;
+                    tokio::time::sleep(pause.step()).await;
                     self.hand_on(&wanted, &fault, &node).await;
                     self.changes.add(wanted.iter().map(|(channel, _)| channel.stream.clone()));
                 }

@@ -118,7 +118,6 @@ mod link;
 mod look;
 mod node;
 mod page;
-mod pause;
 mod publish;
 mod reader;
 mod readers;
