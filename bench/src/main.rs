@@ -36,7 +36,7 @@ struct Options {
     /// Measure this backend only (memory, cache, redis, unix, gcp).
     #[arg(long)]
     backend: Option<String>,
-    /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
+    /// Also measure peers that have to be installed or built first: @mastra/core's emitter, under Node, and sea-streamer.
     #[arg(long)]
     peers: bool,
     /// Write every row to this file.
@@ -104,7 +104,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
     let mut contests = memory::contests(options.peers);
     contests.extend(cache::contests(options.peers));
     if options.backend.as_deref().is_none_or(|backend| backend == redis::BACKEND) {
-        contests.extend(redis::contests());
+        contests.extend(redis::contests(options.peers));
     }
     contests.extend(unix::contests());
     if options.backend.as_deref().is_none_or(|backend| backend == gcp::BACKEND) {

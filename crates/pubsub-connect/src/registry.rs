@@ -209,15 +209,17 @@ impl Registry {
 
         let Some(store) = url.text("replay").map(str::to_owned) else { return Ok(None) };
         let options = Options::take(url)?;
-        let in_store = |error: Error| error.on("replay");
-        let mut store = store_url(&store, url).map_err(in_store)?;
+        // The subject is the store's URL, or, where that is none, the option it stands in.
+        let mut store = store_url(&store, url).map_err(|error| error.on("replay"))?;
+        let shown = store.to_string();
+        let in_store = move |error: Error| error.on(&shown);
         let factory = self.stores.get(store.scheme()).ok_or_else(|| {
             let near = nearest(store.scheme(), self.stores.keys().map(String::as_str));
             let near = near.map(|near| format!("; the nearest known one is `{near}`")).unwrap_or_default();
             Error::invalid_option("replay", format!("names the unknown store `{}`{near}", store.scheme()))
         })?;
-        let connecting = factory(&mut store).map_err(in_store)?;
-        store.refuse_leftovers().map_err(in_store)?;
+        let connecting = factory(&mut store).map_err(&in_store)?;
+        store.refuse_leftovers().map_err(&in_store)?;
         let takes = store.asked().to_vec();
         let private = store.scheme() == "memory";
         let decorate = async move |bus: Bus| {
