@@ -53,11 +53,12 @@ pub(crate) fn contests() -> Vec<Contest> {
         let ours = move |time| on_runtime(time, stream_ours(clients, time));
         let bare = move |time| on_runtime(time, stream_bare(clients, time));
         let parties = vec![Party::new("ours", Role::Ours, ours), Party::new(BARE, Role::Limit, bare)];
-        Contest { backend: BACKEND, settings: vec![(setting, Unit::Deliveries)], parties }
+        Contest { backend: BACKEND, settings: vec![(setting, Unit::Deliveries)], rounds: None, parties }
     });
     let pushes = Contest {
         backend: BACKEND,
         settings: vec![("push", Unit::Events)],
+        rounds: None,
         parties: vec![
             Party::new("ours", Role::Ours, |time| on_runtime(time, push_ours(time))),
             Party::new(LOOP, Role::Limit, |time| on_runtime(time, push_bare(time))),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::response::Html;
 use axum::routing::get;
-use pubsub_core::{Capability, EventId, Topic};
+use pubsub_core::{Bus, Capability, EventId, Topic};
 use pubsub_http::{Access, Action, HttpBuilder, ServeOptions, Verdict, serve};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -52,20 +52,8 @@ async fn run(url: &str, address: &str) -> Result<(), Box<dyn Error>> {
     let bus = pubsub_connect::connect(url).await?;
     bus.require([Capability::History])?;
     let topic = Topic::new(format!("live.{}", EventId::random()))?;
-    let of_the_page = topic.clone();
-    let may = move |access: Access<'_>| match access.action {
-        Action::Follow | Action::Publish if access.topic == Some(&of_the_page) => Verdict::Allow,
-        _ => Verdict::Deny,
-    };
-    let page = Html(PAGE.replace("TOPIC", topic.as_str()));
     let opened = Arc::new(Notify::new());
-    let asked = opened.clone();
-    let show = move || {
-        opened.notify_one();
-        ready(page)
-    };
-    let app =
-        Router::new().route("/", get(show)).nest("/bus", HttpBuilder::new(bus).authorize(may).reconnect_after(PAUSE).build()?);
+    let app = app(bus, topic.clone(), opened.clone())?;
 
     let listener = std::net::TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
@@ -74,7 +62,7 @@ async fn run(url: &str, address: &str) -> Result<(), Box<dyn Error>> {
     let mut producer = Command::new(std::env::current_exe()?);
     producer.args(["produce", &address.to_string(), topic.as_str()]).kill_on_drop(true);
     tokio::spawn(async move {
-        asked.notified().await;
+        opened.notified().await;
         producer.status().await
     });
     loop {
@@ -85,6 +73,21 @@ async fn run(url: &str, address: &str) -> Result<(), Box<dyn Error>> {
             ended?;
         }
     }
+}
+
+/// The page, and the bus behind it: whoever is here may follow this topic and publish to it, and nothing else.
+fn app(bus: Bus, topic: Topic, opened: Arc<Notify>) -> pubsub_core::Result<Router> {
+    let page = Html(PAGE.replace("TOPIC", topic.as_str()));
+    let show = move || {
+        opened.notify_one();
+        ready(page)
+    };
+    let may = move |access: Access<'_>| match access.action {
+        Action::Follow | Action::Publish if access.topic == Some(&topic) => Verdict::Allow,
+        _ => Verdict::Deny,
+    };
+    let http = HttpBuilder::new(bus).authorize(may).reconnect_after(PAUSE).build()?;
+    Ok(Router::new().route("/", get(show)).nest("/bus", http))
 }
 
 /// Publishes word by word, and then how many there were.

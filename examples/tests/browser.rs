@@ -68,10 +68,10 @@ fn page_survives() -> Result<(), Failed> {
     let profile = tempfile::tempdir()?;
     let driver = Driver::start(profile.path())?;
     let first = driver.ask("GET", "/window", None)?;
-    driver.ask("POST", "/url", Some(json!({"url": address})))?;
+    driver.open(&address)?;
     let second = driver.ask("POST", "/window/new", Some(json!({"type": "tab"})))?["handle"].clone();
     driver.ask("POST", "/window", Some(json!({"handle": second})))?;
-    driver.ask("POST", "/url", Some(json!({"url": address})))?;
+    driver.open(&address)?;
     for (tab, least) in [(second, 0), (first, LOSSES)] {
         driver.ask("POST", "/window", Some(json!({"handle": tab})))?;
         let page = driver.wait_for_the_end()?;
@@ -139,14 +139,33 @@ impl Driver {
             "{method} {session}{path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n\
              content-length: {length}\r\nconnection: close\r\n\r\n{body}"
         )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
+        // The connection may stay open: an answer ends where its length says.
+        let mut answer = BufReader::new(stream);
+        let (mut head, mut length) = (String::new(), 0);
+        while answer.read_line(&mut head)? > 2 {
+            let last = head.lines().next_back().unwrap_or_default().to_ascii_lowercase();
+            length = last.strip_prefix("content-length:").map_or(Ok(length), |length| length.trim().parse())?;
+        }
+        let mut body = vec![0; length];
+        answer.read_exact(&mut body)?;
+        let body = String::from_utf8(body)?;
         if !head.starts_with("HTTP/1.1 200") {
             return Err(format!("{method} {path}: {body}").into());
         }
-        let mut answer: Value = serde_json::from_str(body).map_err(|error| format!("{method} {path}: {error}: {body}"))?;
+        let mut answer: Value = serde_json::from_str(&body).map_err(|error| format!("{method} {path}: {error}: {body}"))?;
         Ok(answer["value"].take())
+    }
+
+    /// Opens a page, as a reader does: again if the connection was cut while it loaded.
+    fn open(&self, address: &str) -> Result<(), Failed> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.ask("POST", "/url", Some(json!({"url": address}))) {
+                Err(error) if Instant::now() > until => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+                Ok(_) => return Ok(()),
+            }
+        }
     }
 
     /// What the page says when it has ended.
