@@ -61,10 +61,11 @@ fn tokens() -> impl Iterator<Item = &'static str> {
 
 async fn produce(bus: Bus, topic: Topic) -> Result<()> {
     for token in tokens() {
-        bus.publish(topic.clone(), Event::new("chunk").with_data(token.to_owned())).await?;
+        bus.publish(topic.clone(), Event::new("chunk").with_run_id(topic.as_str()).with_data(token.to_owned())).await?;
         tokio::time::sleep(Duration::from_millis(10)).await; // as a model thinks
     }
-    bus.publish(topic, Event::new("finish")).await?;
+    let finish = Event::new("finish").with_run_id(topic.as_str());
+    bus.publish(topic, finish).await?;
     Ok(())
 }
 

@@ -42,6 +42,10 @@ const fn of_http(setting: &'static str, ratio: f64) -> Goal {
     Goal { backend: crate::http::BACKEND, setting, against: Against::Limit, ratio }
 }
 
+const fn of_gcp(setting: &'static str, ratio: f64) -> Goal {
+    Goal { backend: crate::gcp::BACKEND, setting, against: Against::Party(crate::gcp::BY_HAND), ratio }
+}
+
 const MASTRA: Against = Against::Party(crate::node::MASTRA);
 
 const NATS: Against = Against::Party("nats");
@@ -79,6 +83,12 @@ const GOALS: &[Goal] = &[
     of_http("to 1 stream", 0.8),
     of_http("to 100 streams", 0.8),
     of_http("to 1000 streams", 0.8),
+    of_gcp("publish", 0.95),
+    of_gcp("publish, client CPU", 1.0),
+    of_gcp("pull, 1 stream", 0.95),
+    of_gcp("pull, 1, client CPU", 1.0),
+    of_gcp("pull, 5 streams", 0.95),
+    of_gcp("pull, 5, client CPU", 1.0),
 ];
 
 /// Prints every goal whose parties were measured, and whether it is reached.

@@ -2,6 +2,7 @@
 
 mod cache;
 mod event;
+mod gcp;
 mod goals;
 mod http;
 mod memory;
@@ -33,10 +34,10 @@ const ALLOCATOR_NAME: &str = if cfg!(feature = "mimalloc") {
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Options {
-    /// Measure this backend only (memory, cache, redis, unix, http).
+    /// Measure this backend only (memory, cache, redis, unix, gcp, http).
     #[arg(long)]
     backend: Option<String>,
-    /// Also measure peers that have to be installed first: @mastra/core's emitter, under Node.
+    /// Also measure peers that have to be installed or built first: @mastra/core's emitter, under Node, and sea-streamer.
     #[arg(long)]
     peers: bool,
     /// Write every row to this file.
@@ -94,7 +95,7 @@ fn run(options: &Options) -> Result<(), BoxError> {
     if let Some(spec) = &options.play {
         return unix::child::play(spec);
     }
-    let known = ["memory", cache::BACKEND, redis::BACKEND, unix::BACKEND, http::BACKEND];
+    let known = ["memory", cache::BACKEND, redis::BACKEND, unix::BACKEND, gcp::BACKEND, http::BACKEND];
     if let Some(other) = options.backend.as_deref().filter(|backend| !known.contains(backend)) {
         return Err(format!("there is no backend `{other}`; there is {}", known.join(", ")).into());
     }
@@ -104,10 +105,13 @@ fn run(options: &Options) -> Result<(), BoxError> {
     let mut contests = memory::contests(options.peers);
     contests.extend(cache::contests(options.peers));
     if options.backend.as_deref().is_none_or(|backend| backend == redis::BACKEND) {
-        contests.extend(redis::contests());
+        contests.extend(redis::contests(options.peers));
     }
     contests.extend(unix::contests());
     contests.extend(http::contests());
+    if options.backend.as_deref().is_none_or(|backend| backend == gcp::BACKEND) {
+        contests.extend(gcp::contests());
+    }
     contests.retain(|contest| options.backend.as_deref().is_none_or(|backend| backend == contest.backend));
     contests.retain_mut(|contest| {
         contest.parties.retain(|party| options.party.as_deref().is_none_or(|wanted| party.name == wanted));

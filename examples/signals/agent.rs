@@ -194,7 +194,9 @@ impl Agent {
 
     async fn tell(&self, told: Told) -> Result<()> {
         let told = Told { source_id: self.name.clone(), ..told };
-        self.bus.publish(topic(&self.key), Event::new(told.kind.clone()).with_data(told)).await?;
+        // Of a conversation the order counts; some buses keep it of runs alone.
+        let event = Event::new(told.kind.clone()).with_run_id(&self.key).with_data(told);
+        self.bus.publish(topic(&self.key), event).await?;
         Ok(())
     }
 }

@@ -95,7 +95,7 @@ impl<W> Stage<W> {
         let signal = json!({ "id": format!("signal-{}", self.said), "text": text });
         self.said += 1;
         self.memory.thinking = None; // what was seen so far is about another signal
-        self.fleet.bus.publish(inbox(agent.name()), Event::new("signal").with_data(signal)).await?;
+        self.fleet.bus.publish(inbox(agent.name()), Event::new("signal").with_run_id(THREAD).with_data(signal)).await?;
         Ok(())
     }
 

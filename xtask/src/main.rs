@@ -133,5 +133,8 @@ fn bench(arguments: &[String]) -> Outcome {
     if !mimalloc.is_empty() {
         program.args(["--features", "mimalloc"]);
     }
+    if arguments.iter().any(|argument| *argument == "--peers") {
+        program.args(["--features", "sea-streamer"]);
+    }
     step::run("benchmark", program.arg("--").args(arguments))
 }

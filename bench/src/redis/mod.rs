@@ -3,6 +3,8 @@
 mod many;
 mod plain;
 mod resp;
+#[cfg(feature = "sea-streamer")]
+mod sea;
 mod server;
 
 use std::hint::black_box;
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant};
 use pubsub_core::{BoxError, Bus, Event, Group, PublishOptions, Subscription};
 use pubsub_redis::RedisStreamsPubSub;
 
-use self::plain::Calls;
+pub(crate) use self::plain::Calls;
 use self::server::Server;
 use crate::event::{QUEUE, read};
 use crate::memory::parties::{Publish, Receive, Setup, topic};
@@ -47,7 +49,7 @@ const FAN_OUT: usize = 10;
 const GROUP: usize = 4;
 
 /// Every contest of this backend.
-pub(crate) fn contests() -> Vec<Contest> {
+pub(crate) fn contests(peers: bool) -> Vec<Contest> {
     let server = match Server::start() {
         Ok(server) => Rc::new(server),
         Err(why) => {
@@ -65,8 +67,32 @@ pub(crate) fn contests() -> Vec<Contest> {
         contest(vec![("group of 4", Unit::Events)], parties(&server, GROUP, Some("g"))),
         contest(vec![("latency p50", Unit::Microseconds), ("latency p99", Unit::Microseconds)], latencies(&server)),
     ];
+    if peers {
+        join(&mut contests, &server);
+    }
     contests.extend(many::contests(&server));
     contests
+}
+
+/// Adds the peer that is built only if it is asked for.
+#[cfg(feature = "sea-streamer")]
+fn join(contests: &mut [Contest], server: &Rc<Server>) {
+    let throughput = |subscribers: usize, group: Option<&'static str>| {
+        let copies = if group.is_some() { 1 } else { subscribers };
+        party(sea::SEA_STREAMER, Role::Peer, server, move |server, time| async move {
+            play(&server, sea::STREAM, sea::setup(&server, subscribers, group).await?, copies, time).await
+        })
+    };
+    let latency = party(sea::SEA_STREAMER, Role::Peer, server, |server, time| async move {
+        latency::play(sea::setup(&server, 1, None).await?, time).await
+    });
+    let parties = [throughput(1, None), throughput(FAN_OUT, None), throughput(GROUP, Some("g")), latency];
+    contests.iter_mut().zip(parties).for_each(|(contest, party)| contest.parties.push(party));
+}
+
+#[cfg(not(feature = "sea-streamer"))]
+fn join(_: &mut [Contest], _: &Rc<Server>) {
+    eprintln!("bench: SKIPPED sea-streamer: it is built by `cargo xtask bench --peers`");
 }
 
 /// Plays a round on an empty server.
@@ -91,15 +117,15 @@ fn parties(server: &Rc<Server>, subscribers: usize, group: Option<&'static str>)
     vec![
         party("ours", Role::Ours, server, move |server, time| async move {
             let setup = Ours::setup(&server, subscribers, group, TOGETHER).await?;
-            play(&server, setup, copies, time).await
+            play(&server, STREAM, setup, copies, time).await
         }),
         party("RESP by hand", Role::Limit, server, move |server, time| async move {
             let setup = by_hand(&server, subscribers, group, TOGETHER).await?;
-            play(&server, setup, copies, time).await
+            play(&server, STREAM, setup, copies, time).await
         }),
         party(FRED, Role::Peer, server, move |server, time| async move {
             let setup = plainly(&server, subscribers, group, TOGETHER).await?;
-            play(&server, setup, copies, time).await
+            play(&server, STREAM, setup, copies, time).await
         }),
     ]
 }
@@ -124,7 +150,7 @@ async fn by_hand(
     group: Option<&str>,
     together: usize,
 ) -> Result<Setup<resp::Publisher, resp::Receiver>, BoxError> {
-    let progress = Progress::new(server, group)?;
+    let progress = Progress::of(server, group)?;
     let mut receivers = Vec::new();
     match group {
         // One connection for all that listen: read once, decoded once, handed over to each.
@@ -146,7 +172,7 @@ async fn plainly(
     group: Option<&str>,
     together: usize,
 ) -> Result<Setup<plain::Publisher, plain::Receiver>, BoxError> {
-    let progress = Progress::new(server, group)?;
+    let progress = Progress::of(server, group)?;
     let mut receivers = Vec::new();
     for number in 0..subscribers {
         let consumer = group.map(|_| format!("c{number}"));
@@ -163,11 +189,16 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    fn new(server: &Server, group: Option<&str>) -> Result<Arc<Self>, BoxError> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { published: AtomicU64::new(u64::MAX), handled: AtomicU64::new(0) })
+    }
+
+    /// Of a group that is made now.
+    fn of(server: &Server, group: Option<&str>) -> Result<Arc<Self>, BoxError> {
         if let Some(group) = group {
             server.ask(&["XGROUP", "CREATE", STREAM, group, "$", "MKSTREAM"])?;
         }
-        Ok(Arc::new(Self { published: AtomicU64::new(u64::MAX), handled: AtomicU64::new(0) }))
+        Ok(Self::new())
     }
 
     fn finish(&self, published: u64) {
@@ -248,6 +279,7 @@ impl Publish for Ours {
 /// processor time per event (us), and its memory per event.
 async fn play<P: Publish, R: Receive>(
     server: &Server,
+    stream: &str,
     setup: Setup<P, R>,
     copies: usize,
     time: Duration,
@@ -278,7 +310,7 @@ async fn play<P: Publish, R: Receive>(
         return Err(format!("{received} deliveries arrived of {}", published * copies as u64).into());
     }
     let cpu = (server.cpu()? - cpu).as_secs_f64() * 1e6 / published as f64;
-    let memory: f64 = server.ask(&["MEMORY", "USAGE", STREAM, "SAMPLES", "0"])?.parse()?;
+    let memory: f64 = server.ask(&["MEMORY", "USAGE", stream, "SAMPLES", "0"])?.parse()?;
     Ok(vec![received as f64 / (last - started).as_secs_f64(), cpu, memory / published as f64])
 }
 

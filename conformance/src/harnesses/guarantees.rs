@@ -85,6 +85,7 @@ fn declarations() -> [(&'static str, Say); 12] {
             _ => "a bounded history",
         }),
         ("groups", |c| match c.groups {
+            Groups::Durable if !c.group_history => "durable, from when they are made",
             Groups::Durable => "durable",
             Groups::Ephemeral => "while they have a member",
             _ => "none",

@@ -2,10 +2,12 @@
 
 mod cached;
 mod emitter;
+pub mod gcp;
 mod guarantees;
 pub mod mastra;
 mod memory_store;
 mod process;
+mod proxy;
 mod pushed;
 mod redis;
 mod slow_remote;
@@ -16,6 +18,7 @@ use std::sync::Arc;
 
 pub use cached::CachedHarness;
 pub use emitter::EmitterHarness;
+pub use gcp::GcpHarness;
 pub use guarantees::guarantees;
 pub use memory_store::MemoryStoreHarness;
 pub use process::{is_other_process, other_process};
@@ -33,12 +36,13 @@ const SEED: u64 = 0x510;
 
 /// All of them.
 pub fn all() -> Vec<Arc<dyn Harness>> {
-    let backends: [Arc<dyn Harness>; 5] = [
+    let backends: [Arc<dyn Harness>; 6] = [
         Arc::new(EmitterHarness::plain()),
         Arc::new(EmitterHarness::strict()),
         Arc::new(SlowRemoteHarness::new(SEED)),
         Arc::new(UnixHarness::new()),
         Arc::new(RedisHarness::default()),
+        Arc::new(GcpHarness::default()),
     ];
     let cached: Vec<_> = backends.iter().map(|harness| Arc::new(CachedHarness::over(harness.clone())) as _).collect();
     let cluster = Arc::new(RedisClusterHarness::default()) as Arc<dyn Harness>;

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use pubsub_core::{Error, ErrorKind, Event, Group, PubSub, PublishOptions, Result, SubscribeOptions, Topic};
 
-use super::{redis, unix};
+use super::{gcp, redis, unix};
 use crate::{Job, Process};
 
 const JOB: &str = "PUBSUB_CONFORMANCE_JOB";
@@ -41,6 +41,7 @@ enum Never {}
 
 async fn connect(backend: &str, place: &str) -> Result<Arc<dyn PubSub>> {
     match backend {
+        "gcp" => gcp::connect(place).await,
         "redis" => redis::connect(place).await,
         "unix" => unix::connect(place).await,
         _ => Err(failed(io::Error::other("a backend that is not understood"))),
@@ -57,7 +58,7 @@ async fn work(job: &str) -> Result<Never> {
     let (mut held, mut member) = (Vec::new(), None);
     if what == "publish" {
         for number in 0..count {
-            let event = Arc::new(Event::new(number.to_string()));
+            let event = Arc::new(Event::new(number.to_string()).with_run_id("another process"));
             bus.publish(&topic, &[event], PublishOptions::new()).await?;
         }
     } else {

@@ -219,6 +219,9 @@ async fn consume(hand: mpsc::UnboundedSender<Arrival>, pushed: Pushed) -> Result
     }
 }
 
+/// One hand-over: an event and which attempt it is.
+type Key = (EventId, u32);
+
 /// What both ends of a subscription share.
 struct Shared {
     below: SubscriptionHandle,
@@ -230,7 +233,7 @@ struct Shared {
     pusher: AtomicWaker,
     consumer: AtomicWaker,
     /// Who waits to hear what a settlement came to below, by event and attempt.
-    receipts: Mutex<HashMap<(EventId, u32), oneshot::Sender<Settled>>>,
+    receipts: Mutex<HashMap<Key, oneshot::Sender<Settled>>>,
 }
 
 impl Shared {
@@ -333,7 +336,7 @@ struct Arrivals {
 /// Where a consumer's decisions go.
 struct Decisions {
     shared: Arc<Shared>,
-    open: Mutex<HashMap<u64, ((EventId, u32), oneshot::Sender<Settlement>)>>,
+    open: Mutex<HashMap<u64, (Key, oneshot::Sender<Settlement>)>>,
     numbers: AtomicU64,
 }
 

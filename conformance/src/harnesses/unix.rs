@@ -118,6 +118,7 @@ impl Harness for UnixHarness {
         declared.retention = Retention::History;
         declared.dead_letter_history = true;
         declared.groups = Groups::Durable;
+        declared.group_history = true;
         declared.deduplication = Deduplication::Window { events: Some(10_000), age: None };
         declared.indexed = true;
         declared.publish_waits = false;

@@ -349,9 +349,12 @@ async fn unsupported(ctx: Ctx) -> Verdict {
         (ctx.fan_out().start(after.clone()), &[Capability::History]),
         (ctx.fan_out().start(Start::Index(0)), &[Capability::Index]),
         (member(), &[Capability::Groups]),
-        (member().start(Start::Earliest), &[Capability::Groups, Capability::DurableGroups]),
-        (member().start(after), &[Capability::Groups, Capability::DurableGroups]),
-        (member().start(Start::Index(0)), &[Capability::Groups, Capability::Index, Capability::DurableGroups]),
+        (member().start(Start::Earliest), &[Capability::Groups, Capability::DurableGroups, Capability::GroupHistory]),
+        (member().start(after), &[Capability::Groups, Capability::DurableGroups, Capability::GroupHistory]),
+        (
+            member().start(Start::Index(0)),
+            &[Capability::Groups, Capability::Index, Capability::DurableGroups, Capability::GroupHistory],
+        ),
     ];
     for (options, needed) in calls {
         let what = format!("{:?} from {:?}", options.group, options.start);

@@ -12,17 +12,18 @@ pub(crate) fn properties() -> Vec<Property> {
     const ORDERED: Need = Need::Capability(Capability::PublisherOrder);
     const HISTORY: Need = Need::Capability(Capability::History);
     const GROUPS: Need = Need::Capability(Capability::Groups);
+    const GROUP_HISTORY: Need = Need::Capability(Capability::GroupHistory);
     const DURABLE: Need = Need::Capability(Capability::DurableGroups);
     vec![
         property("SP-01", "A new group starts with what is retained, fan-out with what is published next", &["B3"], defaults)
-            .needs([DURABLE, HISTORY]),
+            .needs([DURABLE, GROUP_HISTORY]),
         property(
             "SP-02",
-            "Where nothing is retained nothing old arrives, and asking for it is unsupported",
+            "Where there is no history nothing old arrives, and asking for it is unsupported",
             &["B3", "R6"],
             no_past,
         )
-        .needs([Need::NoRetention]),
+        .needs([Need::Without(Capability::History)]),
         property(
             "SP-03",
             "From the latest on nothing old arrives, and nothing after subscribe is missed",
@@ -30,7 +31,8 @@ pub(crate) fn properties() -> Vec<Property> {
             latest,
         )
         .needs([ORDERED]),
-        property("SP-04", "No start moves the place of a group that exists", &["B3"], keeps_place).needs([DURABLE, HISTORY]),
+        property("SP-04", "No start moves the place of a group that exists", &["B3"], keeps_place)
+            .needs([DURABLE, GROUP_HISTORY]),
         property("SP-05", "A group that comes back does not get again what it has settled", &["B3", "S2"], no_settled_again)
             .needs([DURABLE]),
         property(
@@ -102,7 +104,7 @@ async fn no_past(ctx: Ctx) -> Verdict {
 async fn unsupported(ctx: &Ctx, bus: &Bus, topic: &Topic, options: SubscribeOptions) -> Verdict {
     let asked = format!("{:?}, group {:?}", options.start, options.group);
     match ctx.within("subscribe", bus.subscribe_with(topic, options)).await? {
-        Ok(_) => Err(crate::Mismatch::new(format!("{asked}: accepted where nothing is retained"))),
+        Ok(_) => Err(crate::Mismatch::new(format!("{asked}: accepted where there is no history"))),
         Err(error) => {
             ensure!(matches!(error.kind(), ErrorKind::Unsupported(_)), "{asked}: refused with {error}");
             Ok(())

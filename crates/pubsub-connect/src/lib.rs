@@ -21,6 +21,7 @@
 //! | `redis-sentinel://[user:password@]host[:port][/database]?service=NAME` | over the master that sentinels name, through fail-overs | `redis` |
 //! | `redis-cluster://[user:password@]host[:port]` | over a cluster that this node is one of | `redis` |
 //! | `rediss://...`, `rediss-sentinel://...`, `rediss-cluster://...` | the same, encrypted | `rediss` |
+//! | `gcp://PROJECT` | over Google Cloud Pub/Sub, or the emulator that `PUBSUB_EMULATOR_HOST` names | `gcp` |
 //!
 //! Backends of your own join by a [`Registry`].
 //!
@@ -32,7 +33,10 @@
 //! take `prefix`, `max_len`, `max_age`, `idle_ttl` (these three also as `none`), `max_payload`, `publish_timeout`,
 //! `command_timeout`, `reclaim_after` and `linger`; `redis+unix:` also `database`; those of sentinels and clusters also `nodes`
 //! (further ones, as `host:port`, separated by commas), those of sentinels `sentinel_username` and `sentinel_password`; encrypted ones `ca`, a file of the certificates to
-//! trust instead of the system's. Every URL takes
+//! trust instead of the system's. `gcp:` takes `endpoint`, `credentials_file`, `create_topics`, `ordering`,
+//! `exactly_once`, `ack_deadline`, `streams`, `linger`, `max_payload`, `publish_timeout`, `command_timeout`, `keep_alive`,
+//! `batch_events`, `batch_bytes`, `batch_delay`, `max_outstanding_events`, `max_outstanding_bytes`, `private_ttl`,
+//! `private_retention`, `topic_retention`, `service_dead_letters`, `clock_uncertainty`, `restore` and `restore_grace`. Every URL takes
 //!
 //! - `replay=memory` or `replay=URL`, with the cargo feature `replay`: the bus keeps its events in a store, numbers them, and replays
 //!   them (clauses R1 to R6). `memory` is a store within the process, of the bus's own; if the bus is `memory:NAME`, all who connect to
@@ -50,6 +54,8 @@
 //!
 //! User names, passwords and the values of unknown options appear in no error, no `Debug` output and no log.
 
+#[cfg(feature = "gcp")]
+mod gcp;
 mod leases;
 #[cfg(feature = "memory")]
 mod memory;

@@ -18,18 +18,18 @@ use crate::{BusUrl, leases};
 /// How deep buses may take their leases from one another.
 pub const MAX_NESTING: usize = 4;
 
-/// The schemes this crate knows of, and the cargo feature that brings each; none where this version has no such backend.
-const BACKENDS: &[(&str, Option<&str>)] = &[
-    ("memory", Some("memory")),
-    ("unix", Some("unix")),
-    ("redis", Some("redis")),
-    ("redis+unix", Some("redis")),
-    ("redis-sentinel", Some("redis")),
-    ("redis-cluster", Some("redis")),
-    ("rediss", Some("rediss")),
-    ("rediss-sentinel", Some("rediss")),
-    ("rediss-cluster", Some("rediss")),
-    ("gcp", None),
+/// The schemes this crate knows of, and the cargo feature that brings each.
+const BACKENDS: &[(&str, &str)] = &[
+    ("memory", "memory"),
+    ("unix", "unix"),
+    ("redis", "redis"),
+    ("redis+unix", "redis"),
+    ("redis-sentinel", "redis"),
+    ("redis-cluster", "redis"),
+    ("rediss", "rediss"),
+    ("rediss-sentinel", "rediss"),
+    ("rediss-cluster", "rediss"),
+    ("gcp", "gcp"),
 ];
 
 type Factory = Arc<dyn Fn(&mut BusUrl) -> Result<BoxFuture<'static, Result<Bus>>> + Send + Sync>;
@@ -79,6 +79,8 @@ impl Registry {
         let registry = registry.with_redis(crate::redis::PLAIN);
         #[cfg(feature = "rediss")]
         let registry = registry.with_redis(crate::redis::ENCRYPTED);
+        #[cfg(feature = "gcp")]
+        let registry = registry.with("gcp", crate::gcp::gcp);
         registry
     }
 
@@ -207,15 +209,17 @@ impl Registry {
 
         let Some(store) = url.text("replay").map(str::to_owned) else { return Ok(None) };
         let options = Options::take(url)?;
-        let in_store = |error: Error| error.on("replay");
-        let mut store = store_url(&store, url).map_err(in_store)?;
+        // The subject is the store's URL, or, where that is none, the option it stands in.
+        let mut store = store_url(&store, url).map_err(|error| error.on("replay"))?;
+        let shown = store.to_string();
+        let in_store = move |error: Error| error.on(&shown);
         let factory = self.stores.get(store.scheme()).ok_or_else(|| {
             let near = nearest(store.scheme(), self.stores.keys().map(String::as_str));
             let near = near.map(|near| format!("; the nearest known one is `{near}`")).unwrap_or_default();
             Error::invalid_option("replay", format!("names the unknown store `{}`{near}", store.scheme()))
         })?;
-        let connecting = factory(&mut store).map_err(in_store)?;
-        store.refuse_leftovers().map_err(in_store)?;
+        let connecting = factory(&mut store).map_err(&in_store)?;
+        store.refuse_leftovers().map_err(&in_store)?;
         let takes = store.asked().to_vec();
         let private = store.scheme() == "memory";
         let decorate = async move |bus: Bus| {
@@ -239,10 +243,9 @@ impl Registry {
     fn no_backend(&self, scheme: &str) -> Error {
         let known = BACKENDS.iter().map(|(known, _)| *known);
         let why = match BACKENDS.iter().find(|(known, _)| *known == scheme) {
-            Some((_, Some(feature))) => format!(
+            Some((_, feature)) => format!(
                 "`{scheme}:` needs the cargo feature `{feature}` of pubsub-connect, and in a registry `Registry::with_defaults`"
             ),
-            Some((_, None)) => format!("this version of pubsub-connect has no backend for `{scheme}:`"),
             None => match nearest(scheme, known.chain(self.factories.keys().map(String::as_str))) {
                 Some(near) => format!("has the unknown scheme `{scheme}`; the nearest known one is `{near}`"),
                 None => format!("has the unknown scheme `{scheme}`"),

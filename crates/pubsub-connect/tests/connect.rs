@@ -98,7 +98,14 @@ async fn each_refusal_names_what_is_at_fault() {
         ("unix:run/bus.sock?allow_groups=no%20such%20group", "allow_groups", "no group is called no such group"),
         #[cfg(feature = "unix")]
         ("unix:run/bus.sock?native_only=maybe", "native_only", "maybe"),
-        ("gcp://project", "url", "this version of pubsub-connect has no backend for `gcp:`"),
+        #[cfg(not(feature = "gcp"))]
+        ("gcp://project", "url", "needs the cargo feature `gcp`"),
+        #[cfg(feature = "gcp")]
+        ("gcp:project", "url", "is written `gcp://PROJECT`"),
+        #[cfg(feature = "gcp")]
+        ("gcp://project/topic", "url", "is written `gcp://PROJECT`"),
+        #[cfg(feature = "gcp")]
+        ("gcp://project?strams=2", "strams", "the nearest known option is `streams`"),
         ("memory:?leases=nowhere", "url", "begins with no scheme"),
         ("memory:?leases=memory:%3Fmax_paylod=1", "max_paylod", "`max_payload`"),
         (&deep, "leases", "is nested more than 4 deep"),
@@ -119,6 +126,12 @@ async fn each_refusal_names_what_is_at_fault() {
     }
     assert_eq!(refused("memory:?leases=nowhere").await.subject(), Some("leases"));
     assert_eq!(refused("memory:jobs?x=1").await.subject(), Some("memory:jobs"));
+    #[cfg(feature = "replay")]
+    for (replay, subject) in
+        [("memory:log%3Fmax_evens=3", "memory:log"), ("memory:log%3Fmax_events=0", "memory:log"), ("%3A", "replay")]
+    {
+        assert_eq!(refused(&format!("memory:?replay={replay}")).await.subject(), Some(subject), "{replay}");
+    }
     let error = Registry::new().connect("memory:").await.unwrap_err();
     assert!(error.to_string().contains("needs the cargo feature `memory` of pubsub-connect"), "{error}");
 }
@@ -355,7 +368,8 @@ async fn what_is_wrong_with_a_redis_url_is_named() {
         let store =
             format!("redis%3A%2F%2Fuser%3As3cr3t%40127.0.0.1%3A{port}%3Fmax_age=1h%26window=10%26max_list=9%26prefix=p");
         let error = refused(&format!("memory:?replay={store}")).await;
-        assert_eq!((error.kind(), error.subject()), (&ErrorKind::Unavailable, Some("replay")), "{error:?}");
+        let shown = format!("redis://***@127.0.0.1:{port}");
+        assert_eq!((error.kind(), error.subject()), (&ErrorKind::Unavailable, Some(&*shown)), "{error:?}");
         assert!(!format!("{error} {error:?}").contains("s3cr3t"));
     }
 }

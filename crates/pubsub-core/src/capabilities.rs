@@ -135,6 +135,8 @@ pub struct Capabilities {
     pub dead_letter_history: bool,
     /// What groups are.
     pub groups: Groups,
+    /// Whether a new group can start in the past: with what its topic retains. Unset, it then does (clause B3).
+    pub group_history: bool,
     /// Who counts attempts.
     pub attempts: Attempts,
     /// What a late settlement is answered.
@@ -169,6 +171,7 @@ impl Capabilities {
             retention: Retention::Nothing,
             dead_letter_history: false,
             groups: Groups::Ephemeral,
+            group_history: false,
             attempts: Attempts::Bus,
             late_settlement: LateSettlement::Refused,
             loss_notice: LossNotice::Counted,
@@ -190,6 +193,7 @@ impl Capabilities {
             Capability::Index => self.indexed,
             Capability::Groups => self.groups >= Groups::Ephemeral,
             Capability::DurableGroups => self.groups >= Groups::Durable,
+            Capability::GroupHistory => self.group_history,
             Capability::DeadLetterHistory => self.dead_letter_history,
             Capability::Leases => self.leases.is_some(),
             Capability::LiveValues => self.live_values,
@@ -220,7 +224,7 @@ impl Capabilities {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Capability {
-    /// Reading what a topic retains, cursors, and starting from anything but the latest.
+    /// Reading what a topic retains, cursors, and starting from anything but the latest; for groups see [`Capability::GroupHistory`].
     History,
     /// Dense indices, and starting at one.
     Index,
@@ -228,6 +232,8 @@ pub enum Capability {
     Groups,
     /// Groups that keep their place without members.
     DurableGroups,
+    /// Groups that start with what their topic retains.
+    GroupHistory,
     /// Dead letters that can be listed and redriven.
     DeadLetterHistory,
     /// Leases.
@@ -259,6 +265,7 @@ impl fmt::Display for Capability {
             Self::Index => "event indices",
             Self::Groups => "consumer groups",
             Self::DurableGroups => "durable groups",
+            Self::GroupHistory => "groups that start with what is retained",
             Self::DeadLetterHistory => "a history of dead letters",
             Self::Leases => "leases",
             Self::LiveValues => "live values",

@@ -295,6 +295,8 @@ impl SubscribeOptions {
             Some(_) if self.group.is_some() && capabilities.groups != Groups::Durable => {
                 Err(Error::unsupported(Capability::DurableGroups))
             }
+            Some(_) if self.group.is_some() && !capabilities.group_history => Err(Error::unsupported(Capability::GroupHistory)),
+            Some(Start::Earliest) if self.group.is_some() => Ok(()),
             Some(_) if capabilities.retention != Retention::History => Err(Error::unsupported(Capability::History)),
             Some(_) => Ok(()),
         }
@@ -377,10 +379,17 @@ mod tests {
         for (options, capability) in [
             (SubscribeOptions::fan_out().start(Start::Earliest), Capability::History),
             (SubscribeOptions::fan_out().start(Start::Index(0)), Capability::Index),
-            (group.start(Start::Earliest), Capability::DurableGroups),
+            (group.clone().start(Start::Earliest), Capability::DurableGroups),
         ] {
             assert_eq!(refused(options), ErrorKind::Unsupported(capability));
         }
+        let mut capabilities =
+            Capabilities { groups: Groups::Durable, retention: Retention::History, ..Capabilities::in_process() };
+        let earliest = group.start(Start::Earliest);
+        let refused = earliest.validate(&topic, &capabilities).unwrap_err();
+        assert_eq!(*refused.kind(), ErrorKind::Unsupported(Capability::GroupHistory));
+        capabilities.group_history = true;
+        earliest.validate(&topic, &capabilities).unwrap();
     }
 
     #[test]

@@ -247,7 +247,8 @@ impl PubSub for EventEmitterPubSub {
         let mut capabilities = self.capabilities();
         let keeps_letters = redrives || hub.topic(topic).is_some_and(|state| state.keeps_letters());
         if keeps_letters && options.group.is_some() {
-            (capabilities.groups, capabilities.retention) = (Groups::Durable, Retention::History);
+            (capabilities.groups, capabilities.group_history, capabilities.retention) =
+                (Groups::Durable, true, Retention::History);
         }
         options.validate(topic, &capabilities)?;
 

@@ -2,10 +2,10 @@
 
 use std::future::Future;
 
+use pubsub_core::machinery::Pause;
 use tokio::time::{Instant, timeout_at};
 
 use crate::errors::Fault;
-use crate::pause::Pause;
 
 /// Asks until there is an answer that is none of a connection being made again, but not beyond this time. What is not `repeatable` is
 /// not asked for again once it may have been done.
@@ -20,7 +20,7 @@ where
             Ok(Err(fault)) => fault,
             Err(_) => return Err(Fault::Unknown("there was no answer within command_timeout".into())),
         };
-        let again = Instant::now() + pause.next();
+        let again = Instant::now() + pause.step();
         if !fault.is_temporary() || (fault.is_unknown() && !repeatable) || again >= until {
             return Err(fault);
         }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pubsub_core::machinery::{self, Aftermath, DeliveryQueue};
+use pubsub_core::machinery::{self, Aftermath, DeliveryQueue, Pause};
 use pubsub_core::{Error, Event, Result, Scope, Topic, dead_letter};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -22,7 +22,6 @@ use crate::link::{Cmd, Link};
 use crate::look::Look;
 use crate::node::Node;
 use crate::page::{Page, Request, read_pages};
-use crate::pause::Pause;
 use crate::reply;
 use crate::window::{Item, Read, Window};
 
@@ -280,7 +279,7 @@ impl Channel {
             while let Some(progress) = channel.next_page(&follower, &link, &weak).await {
                 match progress {
                     Ok(()) => pause = Pause::new(),
-                    Err(fault) if fault.is_temporary() => tokio::time::sleep(pause.next()).await,
+                    Err(fault) if fault.is_temporary() => tokio::time::sleep(pause.step()).await,
                     Err(fault) => {
                         channel.unfollow(&follower);
                         return follower.fail(Error::from(fault).during("read").on(&channel.topic));

@@ -10,15 +10,16 @@ use std::time::Duration;
 
 use fred::interfaces::ClientLike;
 use fred::types::Value;
-use futures::future::join_all;
+use futures::FutureExt;
+use futures::future::{BoxFuture, join_all, select_ok};
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use crate::RedisBuilder;
 use crate::errors::Fault;
 use crate::link::{Cmd, Link};
-use crate::pause::Pause;
 use crate::reply;
 
 /// How often a key that moves is followed before the command is given up.
@@ -29,6 +30,9 @@ const FRESH: Duration = Duration::from_millis(50);
 
 /// Where a node listens.
 pub(crate) type Place = (String, u16);
+
+/// First and last slot of each range, and who has it.
+type Owners = Vec<(u16, u16, Place)>;
 
 pub(crate) struct Cluster {
     options: RedisBuilder,
@@ -42,8 +46,7 @@ pub(crate) struct Cluster {
 
 #[derive(Default)]
 struct Nodes {
-    /// First and last slot, and who has them.
-    owners: Vec<(u16, u16, Place)>,
+    owners: Owners,
     links: HashMap<Place, Arc<OnceCell<Arc<Link>>>>,
 }
 
@@ -111,40 +114,47 @@ impl Cluster {
         self.at(&place).await
     }
 
-    /// Asks who has which slot, unless that is known.
+    /// Asks who has which slot, unless that is known, or somebody asks already: who has nothing to do with what is doubted does not wait
+    /// for the answer, and who has is told again where to go.
     pub(crate) async fn refresh(&self) -> Result<(), Fault> {
         if !self.suspect.load(Ordering::Acquire) {
             return Ok(());
         }
-        let mut asked = self.asked.lock().await;
+        let Ok(mut asked) = self.asked.try_lock() else { return Ok(()) };
         let is_fresh = asked.is_some_and(|asked| asked.elapsed() < FRESH);
         if is_fresh || !self.suspect.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let mut fault = Fault::Unknown("none of the nodes answers".into());
         let mut places: Vec<_> = self.nodes.lock().opened().into_iter().map(|(place, _)| place).collect();
         places.extend(self.seeds.iter().cloned());
-        for place in places {
-            match timeout(self.options.command_timeout, self.ask(&place)).await {
-                Ok(Ok(owners)) if !owners.is_empty() => {
-                    *asked = Some(Instant::now());
-                    let mut nodes = self.nodes.lock();
-                    nodes.links.retain(|place, _| owners.iter().any(|(_, _, owner)| owner == place));
-                    nodes.owners = owners;
-                    return Ok(());
-                }
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => fault = error,
-                Err(_) => {}
+        places.sort_unstable();
+        places.dedup();
+        // Whoever answers first: one that hangs holds nobody up.
+        let asking = select_ok(places.iter().map(|place| self.ask(place)));
+        let owners = match timeout(self.options.command_timeout, asking).await {
+            Ok(Ok((owners, _))) => owners,
+            failed => {
+                self.doubt();
+                return Err(match failed {
+                    Ok(Err(fault)) => fault,
+                    _ => Fault::Unknown("none of the nodes answers".into()),
+                });
             }
-        }
-        self.doubt();
-        Err(fault)
+        };
+        *asked = Some(Instant::now());
+        let mut nodes = self.nodes.lock();
+        nodes.links.retain(|place, _| owners.iter().any(|(_, _, owner)| owner == place));
+        nodes.owners = owners;
+        Ok(())
     }
 
-    async fn ask(&self, place: &Place) -> Result<Vec<(u16, u16, Place)>, Fault> {
-        let answer = self.at(place).await?.call(Cmd::new("CLUSTER").arg("SLOTS")).await?;
-        reply::array(answer)?.into_iter().map(|range| owner_of(range, &place.0)).collect()
+    fn ask<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<Owners, Fault>> {
+        let asking = async move {
+            let answer = reply::array(self.at(place).await?.call(Cmd::new("CLUSTER").arg("SLOTS")).await?)?;
+            let owners = answer.into_iter().map(|range| owner_of(range, &place.0)).collect::<Result<Vec<_>, _>>()?;
+            if owners.is_empty() { Err(Fault::Unknown("a node knows of no other".into())) } else { Ok(owners) }
+        };
+        asking.boxed()
     }
 
     /// Sends a command to who has its slot, and after it if that has changed.
@@ -174,7 +184,7 @@ impl Cluster {
                 }
             };
             tracing::debug!(%fault, "a key has moved");
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.step()).await;
         }
         Err(Fault::Refused("TRYAGAIN the key moves all the time".into()))
     }

@@ -71,6 +71,10 @@ impl From<fred::error::Error> for Fault {
                     Self::Refused(details.into())
                 }
             }
+            // fred's own refusals, which may quote the server's.
+            Kind::Config | Kind::Url | Kind::InvalidArgument | Kind::InvalidCommand if details.starts_with("ERR ") => {
+                Self::Refused(details.into())
+            }
             Kind::Config | Kind::Url | Kind::InvalidArgument | Kind::InvalidCommand => Self::Refused(format!("ERR {details}")),
             // The handshake's own errors come as those of the socket.
             #[cfg(feature = "tls")]
@@ -155,6 +159,12 @@ mod tests {
             (Kind::Cluster, "CLUSTERDOWN", ErrorKind::Unavailable, false),
             (Kind::Unknown, "ERR syntax error", backend("ERR syntax error"), false),
             (Kind::Config, "bad port", backend("ERR bad port"), false),
+            (
+                Kind::Config,
+                "ERR This instance has cluster support disabled",
+                backend("ERR This instance has cluster support disabled"),
+                false,
+            ),
             (Kind::IO, "Connection reset", ErrorKind::Unavailable, true),
             (Kind::IO, "InvalidCertificate(UnknownIssuer)", backend("the server's certificate is not to be trusted"), false),
             #[cfg(feature = "tls")]

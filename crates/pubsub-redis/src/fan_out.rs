@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -20,7 +21,6 @@ use crate::link::{Cmd, Link};
 use crate::look::look;
 use crate::node::Node;
 use crate::page::{Page, Request, read_pages};
-use crate::pause::Pause;
 use crate::publish::millis;
 use crate::reader::{BLOCK, Blocking, Door, FAREWELL};
 use crate::reply;
@@ -35,6 +35,9 @@ const SENT_TOGETHER: usize = 1024;
 
 /// About how many bytes one read of a topic is to bring; at least one entry comes whatever its size.
 const PAGE_BYTES: usize = 1 << 20;
+
+/// So few entries are handed over before anything else is read; of more, reading on is worth as much as handing over.
+const FEW: usize = 8;
 
 /// How often everything is read in a cluster that does not tell what has changed.
 const POLL: Duration = Duration::from_millis(50);
@@ -206,7 +209,7 @@ impl FanOut {
                     if !fault.is_temporary() {
                         fail(&wanted, &node, &fault).await;
                     }
-                    tokio::time::sleep(pause.next()).await;
+                    tokio::time::sleep(pause.step()).await;
                     self.hand_on(&wanted, &fault, &node).await;
                     self.changes.add(wanted.iter().map(|(channel, _)| channel.stream.clone()));
                 }
@@ -303,7 +306,10 @@ impl FanOut {
         let command = Cmd::new("XREAD").arg("COUNT").number(count as u64).arg("BLOCK").number(millis(BLOCK));
         let answer = connection.blocking.read(streams(command, wanted), self.bell()).await;
         let taken = answer.and_then(|answer| self.take(connection, wanted, answer, count, node));
-        taken.map_err(|fault| (fault, wanted.to_vec()))
+        if taken.as_ref().is_ok_and(|taken| (1..=FEW).contains(taken)) {
+            tokio::task::yield_now().await; // whoever they are for runs before the next read is sent
+        }
+        taken.map(drop).map_err(|fault| (fault, wanted.to_vec()))
     }
 
     /// Reads what there is, without blocking.
@@ -344,6 +350,7 @@ impl FanOut {
         failed.map_or(Ok(()), Err)
     }
 
+    /// Hands over what one read has brought, and says how many entries that was.
     fn take(
         &self,
         connection: &mut Connection,
@@ -351,13 +358,15 @@ impl FanOut {
         answer: fred::types::Value,
         count: usize,
         node: &Weak<Node>,
-    ) -> Result<(), Fault> {
+    ) -> Result<usize, Fault> {
+        let mut taken = 0;
         for (stream, entries) in reply::streams(answer)? {
+            taken += entries.len();
             if let Some((channel, want)) = wanted.iter().find(|(channel, _)| *channel.stream == *stream) {
                 self.arrived(connection, channel, *want, Page { entries, known: None }, count, node);
             }
         }
-        Ok(())
+        Ok(taken)
     }
 
     fn arrived(

@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use fred::types::Value;
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use pubsub_core::{
     AckMode, Control, Delivery, Error, Group, Result, Source, SubscribeOptions, SubscriptionHandle, SubscriptionStatus,
 };
@@ -21,7 +22,6 @@ use crate::errors::Fault;
 use crate::link::{Cmd, Link, Script};
 use crate::look::look;
 use crate::node::{Node, OnServer};
-use crate::pause::Pause;
 use crate::publish::millis;
 use crate::reader::{BLOCK, Blocking, Door, FAREWELL};
 use crate::reply;
@@ -135,7 +135,7 @@ impl GroupReader {
                 Ok(()) => pause = Pause::new(),
                 Err(fault) => {
                     wanted.iter().for_each(|(_, desk)| desk.read_failed());
-                    tokio::time::sleep(pause.next()).await;
+                    tokio::time::sleep(pause.step()).await;
                     if connection.is_some() {
                         recover(&wanted, &fault).await;
                     }

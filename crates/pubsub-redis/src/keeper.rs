@@ -80,7 +80,7 @@ async fn tend(desk: &Arc<Desk>, settler: &Settler) {
         Err(fault) => {
             // A group that is gone is made anew by its reader. Whatever it is, the next sweep tries again.
             desk.claimed(None, !fault.is("NOGROUP") && fault.is_unknown());
-            tokio::time::sleep(crate::pause::Pause::new().next()).await;
+            tokio::time::sleep(pubsub_core::machinery::Pause::new().step()).await;
         }
     }
     if desk.time_to_look_after() {

@@ -25,7 +25,8 @@
 //!
 //! - `Ok` of a publish means: the server has it. What that outlives is the server's matter, its append-only file and its replicas.
 //! - All subscriptions of a topic see one order. Events of concurrent publishers travel together: up to 250 of a topic are one call of a
-//!   script, which adds all or none, trims the topic and renews its time to live.
+//!   script, which adds all or none, trims the topic and renews its time to live. One that goes alone is a plain command, and renews the time
+//!   to live of its topic once a minute (or in a 64th of that time, if that is less), or with the first event of a new stream.
 //! - When the outcome of a publish is unknown because the connection broke, a script finds out which of its events are there and adds
 //!   the others: each is stored once, provided that the server allows `CLIENT KILL` (else what was still on its way may come behind
 //!   the script), that its clock does not jump by more than ten seconds meanwhile, and that nothing is trimmed that fast. It is tried
@@ -70,7 +71,8 @@
 //!
 //! In a cluster it is a connection to write for each master, one for what has no key, one for fan-out for each master that has topics
 //! of it, and for groups one for each name and slot, since one read cannot be of several slots: topics that share a hash tag, `{orders}.placed` and `{orders}.paid`,
-//! share a slot. Fan-out there needs `CLIENT TRACKING`; without the right to it everything is read twenty times a second. A key
+//! share a slot. A node that hangs or is gone holds up the topics that it has, and no others while fewer than 1,024 publish calls wait for
+//! it. Fan-out there needs `CLIENT TRACKING`; without the right to it everything is read twenty times a second. A key
 //! whose slot is on its way is followed by what writes; what reads waits until the slot has arrived.
 //!
 //! A cursor knows prefix and topic, not the server: one from another server with the same prefix is told by its position alone.
@@ -96,6 +98,7 @@
 //! is held, how old the oldest is, and how many members there are; what the server cannot tell is none, not 0. User names and
 //! passwords are in none of that.
 
+mod add;
 mod ask;
 mod builder;
 #[cfg(feature = "cache")]
@@ -115,7 +118,6 @@ mod link;
 mod look;
 mod node;
 mod page;
-mod pause;
 mod publish;
 mod reader;
 mod readers;

@@ -10,7 +10,7 @@ use fred::interfaces::{ClientLike, EventInterface};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use pubsub_core::machinery::{Closing, DeadLetterSink, DeliveryQueue, InstanceId, SettleQueue, Timer};
+use pubsub_core::machinery::{Closing, DeadLetterSink, DeliveryQueue, InstanceId, Pause, SettleQueue, Timer};
 use pubsub_core::{Closed, Error, Event, Group, Result, Scope, Status, Topic, wire};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -27,7 +27,6 @@ use crate::groups::{GroupReader, Membership};
 use crate::keeper::{self, Keeper};
 use crate::keys::{Keys, NOBODY};
 use crate::link::{Cmd, Link, Script};
-use crate::pause::Pause;
 use crate::publish::Writer;
 use crate::readers::Readers;
 use crate::reply;
@@ -289,7 +288,7 @@ impl Node {
                     Err(_) => {}
                 }
             }
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.step()).await;
         }
     }
 
@@ -475,7 +474,7 @@ impl Letters {
                     return false;
                 }
             }
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.step()).await;
         }
     }
 

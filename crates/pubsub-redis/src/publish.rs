@@ -1,31 +1,30 @@
 //! Writing to streams: one task, which carries what all publishers have handed in meanwhile.
 //!
-//! What goes to one stream together is one call of a script: all of it is added or nothing, and it also trims the stream and renews
-//! its time to live. Several calls may be on their way, those for one stream in their order. Each says who publishes and a number.
-//! When the outcome of one is unknown nothing else is written until a script has found out whether its events are there and added
-//! them if not; the old connection is ended first, so that nothing of it can still arrive behind the script. So each event is
-//! written once, as long as the server lets connections be ended and knows the time to ten seconds.
+//! What goes to one stream together is one call (`add.rs`). Several may be on their way, those for one stream in their order. Each says who
+//! publishes and a number. When the outcome of one is unknown nothing else is written until a script has found out whether its events
+//! are there and added them if not; the old connection is ended first, so that nothing of it can still arrive behind the script. So each
+//! event is written once, as long as the server lets connections be ended and knows the time to ten seconds. In a cluster each stream has
+//! one call on its way, and waits for its own node alone.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
-use fred::types::Value;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use pubsub_core::Fate;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use crate::RedisBuilder;
+use crate::add::{Outcome, Renewed, Retention, Shared};
 use crate::entry::EntryId;
 use crate::errors::Fault;
-use crate::link::{Cmd, Link, Script};
-use crate::pause::Pause;
-use crate::reply;
+use crate::link::Link;
 
 /// How many publish calls wait for the writer before the next one waits to be taken; and how many it works on.
 const WAITING_CALLS: usize = 1024;
@@ -34,16 +33,8 @@ const WAITING_CALLS: usize = 1024;
 const EVENTS_TOGETHER: usize = 250;
 const BYTES_TOGETHER: usize = 4 << 20;
 
-/// How many calls for one stream are on their way. A second one goes out before the first is answered if it has so many events.
-const ON_THEIR_WAY: usize = 4;
+/// A second call for a stream goes out before the first is answered if it has so many events.
 const WORTH_SENDING: usize = 32;
-
-/// How far the server's clock may jump within a publish whose outcome is unknown.
-const CLOCK_SLACK: Duration = Duration::from_secs(10);
-
-static ADD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/add.lua")));
-static FIND_OR_ADD: LazyLock<Script> =
-    LazyLock::new(|| Script::new(concat!(include_str!("scripts/find.lua"), include_str!("scripts/add.lua"))));
 
 /// A publish that failed, and what became of each event.
 #[derive(Debug)]
@@ -99,10 +90,15 @@ impl Writer {
         let not_sent = |fault| Failed::all(fault, Fate::NotSent, count);
         let (reply, answer) = oneshot::channel();
         let job = Job { stream, events, claimed: claimed.clone(), reply };
-        match timeout_at(until.min(Instant::now() + wait), self.0.send(job)).await {
-            Err(_) => return Err(not_sent(Fault::Full)),
-            Ok(Err(_)) => return Err(not_sent(Fault::Unknown("the connection was closed".into()))),
-            Ok(Ok(())) => {}
+        let closed = || Fault::Unknown("the connection was closed".into());
+        match self.0.try_send(job) {
+            Ok(()) => {}
+            Err(TrySendError::Closed(_)) => return Err(not_sent(closed())),
+            Err(TrySendError::Full(job)) => match timeout_at(until.min(Instant::now() + wait), self.0.send(job)).await {
+                Err(_) => return Err(not_sent(Fault::Full)),
+                Ok(Err(_)) => return Err(not_sent(closed())),
+                Ok(Ok(())) => {}
+            },
         }
         match timeout_at(until, answer).await {
             Ok(Ok(outcome)) => outcome,
@@ -126,46 +122,18 @@ impl Writer {
     }
 }
 
-/// What is kept, as the script takes it; 0 for no bound.
-struct Retention {
-    max_len: u64,
-    max_age: Option<u64>,
-    idle_ttl: u64,
-}
-
-impl Retention {
-    fn new(options: &RedisBuilder) -> Self {
-        let idle_ttl = options.idle_ttl.map_or(0, millis);
-        Self { max_len: options.max_len.unwrap_or(0), max_age: options.max_age.map(millis), idle_ttl }
-    }
-
-    /// The least time that is kept, by this machine's clock: off by as much as the clocks disagree.
-    fn least(&self) -> u64 {
-        let now = || millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
-        self.max_age.map_or(0, |age| now().saturating_sub(age))
-    }
-}
-
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// What calls need.
-struct Shared {
-    link: Arc<Link>,
-    publisher: Arc<str>,
-    retention: Retention,
-    patience: Duration,
-}
-
 /// Events that go to one stream together.
-struct Call {
-    stream: Arc<str>,
+pub(crate) struct Call {
+    pub(crate) stream: Arc<str>,
     /// The number of the first.
-    number: u64,
-    events: Vec<Bytes>,
+    pub(crate) number: u64,
+    pub(crate) events: Vec<Bytes>,
     parts: Vec<Part>,
-    sent: Instant,
+    pub(crate) sent: Instant,
 }
 
 /// Which of a job's events are among those of a call.
@@ -173,50 +141,6 @@ struct Part {
     job: u64,
     offset: usize,
     count: usize,
-}
-
-impl Shared {
-    /// How many calls for one stream go out before the first is answered. In a cluster its key may move, and calls that follow it
-    /// could overtake each other.
-    fn on_their_way(&self) -> usize {
-        if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
-    }
-
-    fn words(&self, script: &Script, call: &Call) -> Cmd {
-        let Retention { max_len, idle_ttl, .. } = self.retention;
-        let words = script.call(&[&call.stream]).arg(&*self.publisher).number(call.number);
-        let words = words.number(max_len).number(self.retention.least()).number(idle_ttl);
-        call.events.iter().fold(words, |words, event| words.arg(event.clone()))
-    }
-
-    /// Adds the events of a call, by the script's hash or, if the server may not know it, in full.
-    fn add(&self, call: &Call, in_full: bool) -> impl Future<Output = Result<Vec<EntryId>, Fault>> + Send + 'static {
-        let (words, link, count) = (self.words(&ADD, call), self.link.clone(), call.events.len());
-        let words = if in_full { ADD.in_full(words) } else { words };
-        async move {
-            let answer = match link.cluster() {
-                // Each node has its own scripts.
-                Some(_) if !in_full => link.eval(&ADD, words).await?,
-                _ => link.call(words).await?,
-            };
-            ids(answer, count)
-        }
-    }
-
-    async fn find_or_add(&self, call: &Call) -> Result<Vec<EntryId>, Fault> {
-        let words = self.words(&FIND_OR_ADD, call).number(millis(call.sent.elapsed() + CLOCK_SLACK));
-        ids(self.link.eval(&FIND_OR_ADD, words).await?, call.events.len())
-    }
-}
-
-/// All ids, where the first and the last may stand for those between them.
-fn ids(answer: Value, count: usize) -> Result<Vec<EntryId>, Fault> {
-    let ids = reply::array(answer)?.iter().map(reply::id).collect::<Result<Vec<_>, _>>()?;
-    let ids = match ids[..] {
-        [first, last] if count != 2 => first.to(last, count).unwrap_or(ids),
-        _ => ids,
-    };
-    if ids.len() == count { Ok(ids) } else { Err(Fault::Nonsense("another number of entries was added")) }
 }
 
 /// A job that was begun.
@@ -247,15 +171,19 @@ struct Lane {
     /// Jobs, and what of them has not gone out; and how much that is.
     waiting: VecDeque<(u64, VecDeque<Bytes>)>,
     events: usize,
-    /// Calls that have no outcome yet.
+    /// Calls that have no outcome yet, and whether no other may join them.
     on_their_way: usize,
+    alone: bool,
     /// The greatest number that was certainly added.
     added: u64,
 }
 
 impl Lane {
     fn may_send(&self, on_their_way: usize) -> bool {
-        self.events > 0 && self.on_their_way < on_their_way && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
+        self.events > 0
+            && !self.alone
+            && self.on_their_way < on_their_way
+            && (self.on_their_way == 0 || self.events >= WORTH_SENDING)
     }
 
     /// The next events that go together; none if whoever handed them in has given up.
@@ -306,8 +234,6 @@ impl Lane {
     }
 }
 
-type Outcome = Result<Vec<EntryId>, Fault>;
-
 struct Task {
     shared: Arc<Shared>,
     /// What the server calls the connection that calls are sent on, and whether that may have changed.
@@ -322,6 +248,7 @@ struct Task {
     lanes: HashMap<Arc<str>, Lane>,
     /// Lanes that may have something to send.
     ready: Vec<Arc<str>>,
+    renewed: Renewed,
     /// Who waits for everything before a job.
     flushes: VecDeque<(u64, Reply)>,
     calls: FuturesUnordered<BoxFuture<'static, (Call, Outcome)>>,
@@ -332,6 +259,7 @@ struct Task {
 impl Task {
     fn new(shared: Shared, id: i64) -> Self {
         Self {
+            renewed: Renewed::new(&shared.retention, shared.link.cluster().is_some()),
             shared: Arc::new(shared),
             id,
             stale: false,
@@ -351,6 +279,9 @@ impl Task {
         let (mut taken, mut closed) = (Vec::new(), false);
         loop {
             self.send().await;
+            if self.take_ended() {
+                continue;
+            }
             if closed && self.calls.is_empty() {
                 return;
             }
@@ -359,10 +290,7 @@ impl Task {
                 biased;
                 Some((call, outcome)) = self.calls.next(), if !self.calls.is_empty() => {
                     self.ended(call, outcome);
-                    // What has ended with it comes before anything new.
-                    while let Some(Some((call, outcome))) = self.calls.next().now_or_never() {
-                        self.ended(call, outcome);
-                    }
+                    self.take_ended(); // before anything new
                 }
                 count = jobs.recv_many(&mut taken, room), if room > 0 && !closed => {
                     closed = count == 0;
@@ -392,7 +320,8 @@ impl Task {
 
     /// Sends what may go out now.
     async fn send(&mut self) {
-        if self.shared.link.reconnected() {
+        let in_cluster = self.shared.link.cluster().is_some();
+        if !in_cluster && self.shared.link.reconnected() {
             (self.stale, self.known) = (true, false);
         }
         loop {
@@ -403,17 +332,28 @@ impl Task {
                 break; // first everything has to come back
             }
             let Some(stream) = self.ready.pop() else { break };
-            let Self { lanes, open, calls, next, shared, .. } = self;
+            let Self { lanes, open, calls, next, shared, renewed, .. } = self;
             let Some(lane) = lanes.get_mut(&stream) else { continue };
             while lane.may_send(shared.on_their_way()) {
-                if !calls.is_empty() && (self.stale || !self.known) {
+                if !in_cluster && !calls.is_empty() && (self.stale || !self.known) {
                     self.ready.push(stream);
                     return self.answer_flushes();
                 }
                 let Some(call) = lane.next_call(&stream, open, next) else { continue };
+                lane.alone = self.known && lane.on_their_way == 0 && call.events.len() == 1 && renewed.is_fresh(&stream);
                 lane.on_their_way += 1;
-                let adding = shared.add(&call, !self.known);
-                calls.push(adding.map(|outcome| (call, outcome)).boxed());
+                calls.push(if in_cluster {
+                    let shared = shared.clone();
+                    async move {
+                        let outcome = shared.add_in_cluster(&call).await;
+                        (call, outcome)
+                    }
+                    .boxed()
+                } else if lane.alone {
+                    shared.add_alone(&call).map(|outcome| (call, outcome)).boxed()
+                } else {
+                    shared.add(&call, !self.known).map(|outcome| (call, outcome)).boxed()
+                });
             }
             if lane.on_their_way == 0 && lane.events == 0 {
                 lanes.remove(&stream);
@@ -422,10 +362,23 @@ impl Task {
         self.answer_flushes();
     }
 
+    /// Begins the calls that were added, and takes what has come back. Returns whether anything has.
+    ///
+    /// Nobody is to be woken for it: a set of futures that has asked all of them wakes its task again at once, which would send the task to
+    /// the end of its worker's queue, and wake another worker.
+    fn take_ended(&mut self) -> bool {
+        let mut any = false;
+        while let Some(Some((call, outcome))) = self.calls.next().now_or_never() {
+            self.ended(call, outcome);
+            any = true;
+        }
+        any
+    }
+
     /// A call has come back.
     fn ended(&mut self, call: Call, outcome: Outcome) {
         match outcome {
-            Err(fault) if fault.is_unknown() || fault.is("NOSCRIPT") || self.is_on_its_way(&fault) => {
+            Err(fault) if (fault.is_unknown() || fault.is("NOSCRIPT")) && self.shared.link.cluster().is_none() => {
                 self.known &= !fault.is("NOSCRIPT");
                 self.doubtful.push((call, fault));
             }
@@ -434,11 +387,6 @@ impl Task {
                 self.settle(call, outcome);
             }
         }
-    }
-
-    /// Whether a key has no node just now, and is going to have one.
-    fn is_on_its_way(&self, fault: &Fault) -> bool {
-        fault.is_elsewhere() && self.shared.link.cluster().is_some()
     }
 
     /// Finds out what became of doubtful calls, in the order they were sent in, while nothing else is on its way.
@@ -452,7 +400,7 @@ impl Task {
         let mut doubtful = VecDeque::from(std::mem::take(&mut self.doubtful));
         while let Some((call, fault)) = doubtful.pop_front() {
             let outcome = if !fault.is("NOSCRIPT") {
-                self.add_missing(&call).await
+                self.shared.add_missing(&call, Some(&mut self.id)).await
             } else if doubtful.iter().any(|(later, fault)| later.stream == call.stream && !fault.is("NOSCRIPT")) {
                 Err(out_of_order()) // what was sent behind it may have been added
             } else {
@@ -469,48 +417,20 @@ impl Task {
             return Err(out_of_order());
         }
         match self.shared.add(call, true).await {
-            Err(fault) if fault.is_unknown() => self.add_missing(call).await,
+            Err(fault) if fault.is_unknown() => self.shared.add_missing(call, Some(&mut self.id)).await,
             outcome => outcome,
         }
-    }
-
-    /// Finds out what became of a call, and adds what it did not, for as long as there is patience.
-    async fn add_missing(&mut self, call: &Call) -> Outcome {
-        let (until, mut pause) = (call.sent + self.shared.patience, Pause::new());
-        loop {
-            let fault = match self.try_add_missing(call).await {
-                Ok(ids) => return Ok(ids),
-                // Said of this attempt: what became of the first is as unknown as before.
-                Err(fault) if fault.is_temporary() => Fault::Unknown(fault.to_string()),
-                Err(fault) => return Err(Fault::Unknown(fault.to_string())), // and stays so: the others need not wait for it
-            };
-            let next = Instant::now() + pause.next();
-            if next >= until {
-                return Err(fault);
-            }
-            tokio::time::sleep_until(next).await;
-        }
-    }
-
-    async fn try_add_missing(&mut self, call: &Call) -> Outcome {
-        let link = &self.shared.link;
-        // The connections to the nodes of a cluster see to that themselves.
-        if link.cluster().is_none() {
-            let id = link.id().await?;
-            if id != self.id {
-                // Refused, if it is not allowed or long gone: then what is still on its way may come behind the script.
-                let _ = link.call(Cmd::new("CLIENT").arg("KILL").arg("ID").arg(self.id)).await;
-                self.id = id;
-            }
-        }
-        self.shared.find_or_add(call).await
     }
 
     /// Tells those whose events were in a call what came of it.
     fn settle(&mut self, call: Call, outcome: Outcome) {
         let Some(lane) = self.lanes.get_mut(&call.stream) else { return };
+        let by_script = !std::mem::take(&mut lane.alone);
         lane.on_their_way -= 1;
         if outcome.is_ok() {
+            if by_script {
+                self.renewed.note(&call.stream, call.sent);
+            }
             lane.added = lane.added.max(call.number);
         }
         let mut place = 0;
@@ -556,6 +476,7 @@ fn out_of_order() -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::add::ON_THEIR_WAY;
 
     /// Jobs of so many events of these sizes, all for one stream.
     fn lane(jobs: &[&[usize]]) -> (Lane, BTreeMap<u64, Open>) {
@@ -622,18 +543,5 @@ mod tests {
         assert!(lane.may_send(ON_THEIR_WAY));
         lane.on_their_way = ON_THEIR_WAY;
         assert!(!lane.may_send(ON_THEIR_WAY));
-    }
-
-    #[test]
-    fn answers_to_an_addition() {
-        let answer = |ids: &[&'static str]| Value::Array(ids.iter().map(|id| Value::from(*id)).collect());
-        let all = |texts: &[&str]| texts.iter().map(|text| text.parse::<EntryId>().unwrap()).collect::<Vec<_>>();
-        assert_eq!(ids(answer(&["5-1", "5-1"]), 1), Ok(all(&["5-1"])));
-        assert_eq!(ids(answer(&["5-1", "6-0"]), 2), Ok(all(&["5-1", "6-0"])));
-        assert_eq!(ids(answer(&["5-1", "5-3"]), 3), Ok(all(&["5-1", "5-2", "5-3"])));
-        assert_eq!(ids(answer(&["5-1", "5-2", "6-0"]), 3), Ok(all(&["5-1", "5-2", "6-0"])));
-        for nonsense in [ids(answer(&["5-1", "5-3"]), 4), ids(answer(&[]), 1), ids(Value::Null, 1), ids("x".into(), 1)] {
-            assert!(nonsense.unwrap_err().is_unknown());
-        }
     }
 }

@@ -207,6 +207,7 @@ fn capabilities(options: &RedisBuilder) -> Capabilities {
     capabilities.retention = Retention::History;
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
+    capabilities.group_history = true;
     capabilities.late_settlement = LateSettlement::Refused;
     capabilities.loss_notice = LossNotice::Counted;
     capabilities.publish_waits = false;

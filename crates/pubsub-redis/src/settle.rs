@@ -6,7 +6,7 @@
 use std::sync::{Arc, LazyLock};
 
 use fred::types::Value;
-use pubsub_core::machinery::{OpenSettlement, SettleQueue};
+use pubsub_core::machinery::{OpenSettlement, Pause, SettleQueue};
 use pubsub_core::{Group, Settled};
 use tokio::time::Instant;
 
@@ -14,7 +14,6 @@ use crate::entry::EntryId;
 use crate::errors::Fault;
 use crate::keys::NOBODY;
 use crate::link::{Cmd, Link, Script};
-use crate::pause::Pause;
 use crate::publish::millis;
 use crate::reply;
 
@@ -168,7 +167,7 @@ impl Settler {
                     return;
                 }
             }
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.step()).await;
         };
         for (open, answer) in batch.into_iter().zip(answers) {
             let done = matches!(open.what().what, What::Done { .. });

@@ -155,6 +155,7 @@ fn capabilities(settings: &Settings, foreign: bool) -> Capabilities {
     capabilities.retention = Retention::History;
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
+    capabilities.group_history = true;
     capabilities.deduplication = Deduplication::Window { events: Some(settings.max_events), age: None };
     capabilities.indexed = true;
     capabilities.leases = Some(Reach::Host);

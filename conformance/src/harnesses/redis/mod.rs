@@ -1,7 +1,6 @@
 //! The bus over Redis Streams as a harness, on a real server: `redis`.
 
 mod cluster;
-mod proxy;
 mod server;
 mod store;
 
@@ -18,10 +17,10 @@ use pubsub_core::{
 use pubsub_redis::{RedisBuilder, RedisStreamsPubSub};
 
 pub use self::cluster::RedisClusterHarness;
-use self::proxy::Proxy;
 use self::server::{Answer, Server};
 pub use self::store::RedisStoreHarness;
 use super::process;
+use super::proxy::Proxy;
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};
 
 /// After how long what a silent member held goes to others.
@@ -112,6 +111,7 @@ impl Harness for RedisHarness {
         declared.retention = Retention::History;
         declared.dead_letter_history = true;
         declared.groups = Groups::Durable;
+        declared.group_history = true;
         declared.loss_notice = LossNotice::Counted;
         declared.publish_waits = false;
         declared.max_payload = Some(MAX_PAYLOAD);

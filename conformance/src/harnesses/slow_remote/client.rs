@@ -68,6 +68,7 @@ pub(super) fn capabilities() -> Capabilities {
     capabilities.retention = Retention::History;
     capabilities.dead_letter_history = true;
     capabilities.groups = Groups::Durable;
+    capabilities.group_history = true;
     capabilities.deduplication = Deduplication::Window { events: Some(RETENTION as u64), age: None };
     capabilities.indexed = true;
     capabilities.publish_waits = false;

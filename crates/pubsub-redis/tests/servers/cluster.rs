@@ -7,9 +7,9 @@ use std::time::Duration;
 use futures::StreamExt;
 use parking_lot::Mutex;
 use pubsub_cache::ServerCache;
-use pubsub_core::{Acquired, Bus, Event, Group, Origin, RetryPolicy, Settled, Start, SubscribeOptions, TrimFilter};
+use pubsub_core::{Acquired, Bus, ErrorKind, Event, Group, Origin, RetryPolicy, Settled, Start, SubscribeOptions, TrimFilter};
 use pubsub_redis::{RedisServer, RedisServerCache};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::server::{Answer, Server};
 use crate::storm::Handled;
@@ -272,4 +272,57 @@ pub(crate) async fn master_dies() {
     for bus in [publisher, worker] {
         bus.close(PATIENCE).await.unwrap();
     }
+}
+
+/// A node that hangs or is gone holds up nobody who publishes to the others.
+pub(crate) async fn node_down() {
+    const LATEST: Duration = Duration::from_secs(1);
+    const PAUSE: Duration = Duration::from_secs(3);
+    let cluster = Cluster::start().await;
+    for node in &cluster.nodes {
+        node.ask(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]).unwrap();
+    }
+    let bus = Bus::from(configured(cluster.server()).publish_timeout(2 * PAUSE).connect().await.unwrap());
+    let owner = |name: &str| usize::from(cluster.slot(&format!("mastra:topic:{name}"))) * MASTERS / 16384;
+    let (bad, good): (Vec<_>, Vec<_>) = (0..24).map(|number| format!("t{number}")).partition(|name| owner(name) == 1);
+    assert!(bad.len() > 3 && good.iter().any(|name| owner(name) == 0) && good.iter().any(|name| owner(name) == 2));
+    for name in bad.iter().chain(&good) {
+        bus.publish(name, Event::new("first")).await.unwrap();
+    }
+    let to_all = |names: &[String]| {
+        let publishing = names.iter().cloned().map(|name| {
+            let bus = bus.clone();
+            tokio::spawn(async move { bus.publish(name, Event::new("x")).await })
+        });
+        publishing.collect::<Vec<_>>()
+    };
+    let in_time = async || {
+        for published in to_all(&good) {
+            timeout(LATEST, published).await.expect("its turn").unwrap().unwrap();
+        }
+    };
+    cluster.nodes[1].ask(&["CLIENT", "PAUSE", &PAUSE.as_millis().to_string(), "ALL"]).unwrap();
+    let held = to_all(&bad);
+    for _ in 0..20 {
+        in_time().await;
+    }
+    assert!(held.iter().all(|published| !published.is_finished()), "the node has not hung");
+    for published in held {
+        published.await.unwrap().unwrap();
+    }
+    for name in &bad {
+        assert_eq!(cluster.ask(&["XLEN", &format!("mastra:topic:{name}")]).number(), 2, "written once");
+    }
+
+    cluster.nodes[1].kill();
+    let lost = to_all(&bad);
+    while lost.iter().any(|published| !published.is_finished()) {
+        in_time().await;
+    }
+    for published in lost {
+        let refused = published.await.unwrap().unwrap_err();
+        assert_eq!(refused.kind(), &ErrorKind::Unavailable, "{refused:?}");
+    }
+    in_time().await;
+    bus.close(PATIENCE).await.unwrap();
 }

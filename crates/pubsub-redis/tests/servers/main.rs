@@ -41,6 +41,11 @@ fn main() -> ExitCode {
         ("storm: connections are cut, reset and delayed, and nothing is lost or doubled", || storm::weathered().boxed()),
         ("writer: what waits goes out, however it falls into calls", || writer::crowded().boxed()),
         ("writer: a topic that cannot be written to holds up no other", || writer::one_bad_topic().boxed()),
+        ("writer: what was refused unheard is written once, in order", || writer::forgotten_and_unheard().boxed()),
+        ("writer: ids that are ahead of the server's clock are followed as others", || writer::clock_set_back().boxed()),
+        ("groups: a group that is deleted while entries of it are at hand loses none", || {
+            quiet::destroyed_while_busy().boxed()
+        }),
         ("groups: what is trimmed while a member is busy is told, however short that was", || {
             quiet::trimmed_while_busy().boxed()
         }),
@@ -54,6 +59,7 @@ fn main() -> ExitCode {
         ("cluster: everything, on topics of all nodes", || cluster::everything().boxed()),
         ("cluster: slots move under load, and nothing is lost or doubled", || cluster::slots_move().boxed()),
         ("cluster: a master dies, and its replica goes on", || cluster::master_dies().boxed()),
+        ("cluster: a node that hangs or is gone holds up no publisher to the others", || cluster::node_down().boxed()),
         ("tls: encrypted, with the right certificates only", || encrypted::trusted().boxed()),
         ("unix: by the server's socket", || encrypted::by_socket().boxed()),
         ("logs: what operators need is told, in measure, and without credentials", || quiet::told().boxed()),

@@ -157,6 +157,38 @@ pub(crate) async fn trimmed_while_busy() {
     assert_eq!(lost, EVENTS - 5 - 75);
 }
 
+pub(crate) async fn destroyed_while_busy() {
+    let server = start();
+    let bus = connect(at(server.address)).await;
+    let mut member = bus.subscribe_with("t", group("g").prefetch(16)).await.unwrap();
+    let publish = async |range: std::ops::Range<u64>| {
+        let events: Vec<_> = range.map(|number| Arc::new(Event::new(number.to_string()))).collect();
+        bus.publish_with("t", &events, PublishOptions::new()).await.unwrap();
+    };
+    let pending = || server.ask(&["XPENDING", STREAM, "g"]).map_or(0, |pending| pending.list()[0].number());
+    // A member that is quick is read ahead for.
+    publish(0..64).await;
+    for _ in 0..64 {
+        next(&mut member).await.done().await;
+    }
+    publish(64..70).await;
+    until("they are taken ahead", || async { pending() == 6 }).await;
+    let held = next(&mut member).await;
+    server.ask(&["XGROUP", "DESTROY", STREAM, "g"]).unwrap();
+    publish(70..75).await;
+    assert_eq!(held.event().event_type(), "64");
+    held.done().await;
+    let mut seen: Vec<u64> = vec![64];
+    while *seen.last().unwrap() != 74 {
+        let delivery = next(&mut member).await;
+        seen.push(delivery.event().event_type().parse().unwrap());
+        delivery.done().await;
+    }
+    assert_eq!(seen, (64..75).collect::<Vec<_>>());
+    until("nothing is left", || async { pending() == 0 }).await;
+    assert_eq!(bus.inspect("t").await.unwrap().groups[0].waiting, Some(0));
+}
+
 pub(crate) async fn inspected() {
     let server = start();
     let (one, other) = (connect(at(server.address)).await, connect(at(server.address)).await);

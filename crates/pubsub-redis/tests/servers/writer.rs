@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::future::join_all;
-use pubsub_core::{Bus, Event};
+use futures::future::{join, join_all};
+use pubsub_core::{Bus, Event, PublishOptions};
 use tokio::time::{sleep, timeout};
 
+use crate::proxy::Proxy;
 use crate::server::Server;
-use crate::support::{PATIENCE, at, configured, connect, start};
+use crate::support::{PATIENCE, STREAM, at, configured, connect, group, next, start, until, written};
 
 /// More than goes in one call, and not a multiple of it.
 const PUBLISHERS: usize = 600;
@@ -62,4 +63,70 @@ pub(crate) async fn one_bad_topic() {
     done.store(true, Ordering::Release);
     bad.await.unwrap();
     assert_eq!(length(&server, "good"), 200);
+}
+
+/// What the server does with this is not heard of: the connection ends with its first answer.
+async fn unheard<T>(proxy: &Proxy, publishing: impl Future<Output = T>) -> T {
+    let cuts = proxy.cuts();
+    proxy.deafen(true);
+    let hearing = async {
+        until("an answer is lost", || async { proxy.cuts() > cuts }).await;
+        proxy.deafen(false);
+    };
+    timeout(PATIENCE, join(publishing, hearing)).await.expect("in time").0
+}
+
+pub(crate) async fn forgotten_and_unheard() {
+    const EACH: usize = 250;
+    let server = start();
+    let proxy = Proxy::start(server.address, 0).await.unwrap();
+    let bus = connect(at(proxy.address)).await;
+    bus.publish("t", Event::new("0")).await.unwrap();
+    let batch = async |first: usize| {
+        let events: Vec<_> = (first..first + EACH).map(|number| Arc::new(Event::new(number.to_string()))).collect();
+        bus.publish_with("t", &events, PublishOptions::new()).await
+    };
+    for round in 0..5 {
+        // Both are on their way when the first is refused, and nobody hears of that.
+        server.ask(&["SCRIPT", "FLUSH"]).unwrap();
+        let first = 1 + 2 * EACH * round;
+        let (one, other) = unheard(&proxy, join(batch(first), batch(first + EACH))).await;
+        one.unwrap();
+        other.unwrap();
+    }
+    let expected: Vec<_> = (0..=10 * EACH).map(|number| number.to_string()).collect();
+    assert_eq!(written(&server), expected);
+}
+
+pub(crate) async fn clock_set_back() {
+    const AHEAD: &str = "9999999999999-5";
+    let server = start();
+    let proxy = Proxy::start(server.address, 0).await.unwrap();
+    let (publisher, bus) = (connect(at(proxy.address)).await, connect(at(server.address)).await);
+    let (mut listener, mut member) = (bus.subscribe("t").await.unwrap(), bus.subscribe_with("t", group("g")).await.unwrap());
+    publisher.publish("t", Event::new("0")).await.unwrap();
+    assert_eq!(next(&mut listener).await.event().event_type(), "0");
+    next(&mut member).await.done().await;
+    assert!(futures::poll!(futures::StreamExt::next(&mut listener)).is_pending());
+    // As the stream is after a server's clock has been set back by centuries.
+    let event = r#"{"type":"1","id":"0b1e5c0e-6a34-4e0e-9d5e-5f2f6e0f6a11","runId":"r","data":null,"createdAt":"2026-01-02T03:04:05.006Z"}"#;
+    server.ask(&["XADD", STREAM, AHEAD, "event", event]).unwrap();
+    publisher.publish("t", Event::new("2")).await.unwrap();
+    let mut later = bus.subscribe("t").await.unwrap();
+    unheard(&proxy, publisher.publish("t", Event::new("3"))).await.unwrap();
+    publisher.publish("t", Event::new("4")).await.unwrap();
+    assert_eq!(written(&server), ["0", "1", "2", "3", "4"]);
+    for kind in ["1", "2", "3", "4"] {
+        assert_eq!(next(&mut listener).await.event().event_type(), kind);
+        let delivery = next(&mut member).await;
+        assert_eq!((delivery.event().event_type(), delivery.attempt()), (kind, 1));
+        delivery.done().await;
+    }
+    for kind in ["3", "4"] {
+        assert_eq!(next(&mut later).await.event().event_type(), kind);
+    }
+    // A back-off is by the server's clock alone.
+    publisher.publish("t", Event::new("5")).await.unwrap();
+    next(&mut member).await.retry().await;
+    assert_eq!(next(&mut member).await.attempt(), 2);
 }
