@@ -350,7 +350,6 @@ impl Instance {
         within: Duration,
     ) -> Result<Closed, ErrorKind> {
         let until = Instant::now() + within;
-        watches.iter().for_each(|watched| watched.begin_to_close());
         let relieved = async || {
             let relieved = join_all(watches.iter().map(|watched| watched.relieved()));
             let settled = join_all(held_on.iter().map(|queue| queue.drained()));
@@ -507,15 +506,17 @@ impl PubSub for CachingPubSub {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        {
+        let runtime = Handle::try_current().map_err(|_| Error::closed().during("close"))?;
+        let open: Vec<_> = {
             let mut watches = self.0.watches.lock();
-            let runtime = Handle::try_current().map_err(|_| Error::closed().during("close"))?;
+            let open: Vec<_> = watches.open.values().map(|(_, watched)| watched.clone()).collect();
             self.0.closing.begin(&runtime, || {
-                let open: Vec<_> = watches.open.values().map(|(_, watched)| watched.clone()).collect();
                 let held_on: Vec<_> = watches.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
-                self.0.clone().end(open, held_on, within)
+                self.0.clone().end(open.clone(), held_on, within)
             });
-        }
+            open
+        };
+        open.iter().for_each(|watched| watched.begin_to_close()); // at once, and not under the lock: it wakes
         self.0.closing.ended().await?.map_err(|kind| Error::new(kind).during("close"))
     }
 
