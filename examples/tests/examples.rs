@@ -168,7 +168,7 @@ async fn quickstart_says_what_is_wrong_with_its_arguments() {
     for (arguments, why) in [
         (&["memroy:"][..], "the nearest known one is `memory`"),
         (&["memory:?publish_timout=1s"], "the nearest known option is `publish_timeout`"),
-        (&["gcp://user:s3cr3t@host"], "has no backend for `gcp:`"),
+        (&["gcp://user:s3cr3t@host"], "is written `gcp://PROJECT`"),
         (&["redis://user:s3cr3t@127.0.0.1:1?command_timeout=1s"], "unavailable"),
         (&["--help"], "begins with no scheme such as `memory:`"),
         (&["memory:", "memory:"], "takes one argument"),
