@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -87,7 +87,17 @@ fn start_to(directory: &Path, job: &str) -> Result<std::process::Child, Failed> 
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     }
     let mut command = Command::new(program);
-    Ok(command.env(CHILD, job).current_dir("/").uid(NOBODY).gid(NOBODY).stdin(Stdio::null()).spawn()?)
+    command.env(CHILD, job).current_dir("/").uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        match command.spawn() {
+            // A process that another thread starts just now has the copy open for writing, until it runs its own program.
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy && Instant::now() < until => {
+                std::thread::yield_now();
+            }
+            started => return Ok(started?),
+        }
+    }
 }
 
 async fn status(child: std::process::Child) -> Result<i32, Failed> {
