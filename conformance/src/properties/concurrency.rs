@@ -1,5 +1,6 @@
 //! Concurrency, races of unsubscribing, and futures dropped half-way.
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -502,8 +503,11 @@ async fn dropped_futures(ctx: Ctx) -> Verdict {
     let recorder = Recorder::new();
     let (narrow, wide) = (ctx.consume(narrow, &recorder, "narrow"), ctx.consume(wide, &recorder, "wide"));
     ctx.fence_consumers(&bus, &topic, &recorder, &[&narrow, &wide]).await?;
+    // A publish that was dropped may still be on its way, behind the fence: in the end both have it, or neither.
+    let of = |by: &str| recorder.ids_of(by).into_iter().collect::<HashSet<_>>();
+    ctx.eventually("one has what the other has", || of("narrow") == of("wide")).await?;
     at_most_once(&sent, &recorder.ids_of("wide"))?;
-    exactly_once(&recorder.ids_of("wide"), &recorder.ids_of("narrow")).map_err(|why| why.at("one against the other"))
+    at_most_once(&sent, &recorder.ids_of("narrow"))
 }
 
 async fn receivers(ctx: Ctx) -> Verdict {
