@@ -15,7 +15,7 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pubsub_core::{Bus, Capability, Error, ErrorKind, Event, Filter, Reach, Result, SubscribeOptions};
+use pubsub_core::{Bus, Capability, Error, ErrorKind, Event, EventId, Filter, Reach, Result, SubscribeOptions};
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -95,7 +95,8 @@ where
     F: Future<Output = Result<()>>,
 {
     let bus = connect(&url, needed).await?;
-    let fleet = Fleet { bus: bus.clone(), url, work };
+    let stage = EventId::random().to_string().chars().take(8).collect();
+    let fleet = Fleet { bus: bus.clone(), stage, url, work };
     let proof = timeout(AT_MOST, direct(fleet)).await.map_err(|_| Error::new(ErrorKind::Timeout).during("prove"))??;
     bus.close(Duration::from_secs(5)).await?;
     Ok(proof.print())
@@ -121,6 +122,11 @@ pub struct Role {
 }
 
 impl Role {
+    /// The stage that its director plays on, which is in its name; none for one that was started by hand.
+    pub fn stage(&self) -> &str {
+        self.name.split_once('.').map_or("", |(_, stage)| stage)
+    }
+
     /// Tells the director that this worker has subscribed to all it listens to.
     pub async fn ready(&self) -> Result<()> {
         self.bus.publish(TOPIC, Event::new("ready").with_run_id(&self.name)).await?;
@@ -133,6 +139,8 @@ impl Role {
 pub struct Fleet<W> {
     /// The bus.
     pub bus: Bus,
+    /// Tells this director's workers and work from those of others on the same bus, now or before.
+    pub stage: String,
     url: String,
     work: W,
 }
@@ -142,14 +150,15 @@ where
     W: Fn(Role) -> F + Copy + Send + 'static,
     F: Future<Output = Result<()>>,
 {
-    /// Starts a worker, and waits until it says that it is ready.
+    /// Starts a worker, whose name is this one and the stage's, and waits until it says that it is ready.
     pub async fn start(&self, role: &str, name: &str) -> Result<Worker> {
-        let wanted = name.to_owned();
+        let name = &format!("{name}.{}", self.stage);
+        let wanted = name.clone();
         let filter = Filter::types(["ready"]).and(move |event| event.run_id() == wanted);
         let mut ready = self.bus.subscribe_with(TOPIC, SubscribeOptions::fan_out().filter(filter)).await?;
         let life =
             if self.bus.capabilities().reach == Reach::Process { self.thread(role, name) } else { self.process(role, name) };
-        let worker = Worker { name: name.to_owned(), life: life.map_err(|error| failed("start", name, error))? };
+        let worker = Worker { name: name.clone(), life: life.map_err(|error| failed("start", name, error))? };
         match timeout(READY, ready.try_next()).await {
             Ok(Ok(Some(_))) => Ok(worker),
             Ok(Err(error)) => Err(error),

@@ -48,9 +48,9 @@ impl Board {
 
     /// Takes what was told; none if it is about no task of this board.
     pub(crate) fn take(&mut self, event: &Event) -> Result<Option<Update>> {
-        self.heard.push(event.id().clone());
         let update = event.data::<Update>()?.into_owned();
         let Some(row) = self.rows.get_mut(&update.task_id) else { return Ok(None) };
+        self.heard.push(event.id().clone());
         match event.event_type() {
             "task.running" if !self.dead.contains(&update.worker) => {
                 row.at_work = Some((update.worker.clone(), update.queue.clone()));
@@ -83,6 +83,11 @@ impl Board {
         for row in self.rows.values_mut() {
             row.at_work.take_if(|(at, _)| at == worker);
         }
+    }
+
+    /// Whether an event is about a task of this board.
+    pub(crate) fn lists(&self, event: &Event) -> bool {
+        self.rows.contains_key(event.run_id())
     }
 
     pub(crate) fn is_complete(&self) -> bool {

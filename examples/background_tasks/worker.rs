@@ -67,7 +67,8 @@ impl Worker {
     }
 
     pub(crate) fn options(&self) -> Result<SubscribeOptions> {
-        let retry = RetryPolicy::new().max_attempts(10).backoff(Duration::from_millis(50), Duration::from_millis(500));
+        // The worker counts attempts, as each task says. A task that the bus gave up nobody would hear of again.
+        let retry = RetryPolicy::new().max_attempts(0).backoff(Duration::from_millis(50), Duration::from_millis(500));
         Ok(SubscribeOptions::group(Group::new(GROUP)?).retry(retry))
     }
 
@@ -92,6 +93,10 @@ impl Worker {
 
     async fn handle(&self, queue: &Queue, message: &Message) -> Result<(), Failure> {
         let Ok(task) = message.data::<Task>() else { return Err(Failure::dead_letter("no task")) };
+        if message.attempt() - 1 > task.max_retries {
+            self.tell(&task, "task.failed", json!({ "error": "the workers that tried are gone" })).await?;
+            return Ok(());
+        }
         self.tell(&task, "task.running", json!({ "queue": queue.topic, "attempt": message.attempt() })).await?;
         let mut cancelled = self.cancelled.subscribe();
         let outcome = tokio::select! {

@@ -25,7 +25,7 @@ const FIRED: &str = "fired";
 /// How long it is remembered what was fired: longer than any scheduler looks back.
 const REMEMBERED: Duration = Duration::from_secs(3600);
 
-/// Between two attempts to publish.
+/// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Fires schedules in the name of one scheduler.
@@ -45,33 +45,46 @@ fn run_id(schedule: &str, due: i64) -> String {
 impl Claims {
     /// Whether this due time has been fired.
     pub(crate) async fn is_fired(&self, schedule: &Schedule, due: i64) -> Result<bool> {
-        let holder = self.leases.holder(&run_id(schedule.id, due)).await?;
+        let holder = self.leases.holder(&run_id(&schedule.id, due)).await?;
         Ok(holder.is_some_and(|lease| lease.owner == FIRED))
     }
 
-    /// Sees to it that a due time is fired, by this scheduler or another.
-    pub(crate) async fn fire(self, schedule: &'static str, due: i64) -> Result<()> {
-        let run = run_id(schedule, due);
+    /// Sees to it that a due time is fired, by this scheduler or another. A bus that is away for a while does not lose it.
+    pub(crate) async fn fire(self, schedule: String, due: i64) -> Result<()> {
+        let run = run_id(&schedule, due);
         // Named by schedule and time: should it be published twice after all, it is the same event.
         let data = json!({ "workflowId": schedule, "runId": run, "prevResult": { "status": "success", "output": {} }, "initialState": {} });
         let start = Event::stamped(EventId::new(&run)?, "workflow.start", Timestamp::now()).with_run_id(&run).with_data(data);
         let start = Arc::new(start);
+        persist(|| self.publish(&run, &start)).await?;
+        persist(|| self.leases.transfer(&run, &self.owner, FIRED, REMEMBERED)).await?;
+        Ok(())
+    }
+
+    /// Publishes what is due as soon as it is claimed, unless it is fired by another.
+    async fn publish(&self, run: &str, start: &Arc<Event>) -> Result<()> {
         loop {
-            match self.leases.acquire(&run, &self.owner, CLAIM).await? {
+            match self.leases.acquire(run, &self.owner, CLAIM).await? {
                 Acquired::HeldBy(lease) if lease.owner == FIRED => return Ok(()),
                 Acquired::HeldBy(lease) => sleep(lease.remaining).await,
-                Acquired::Yes(_) => {
-                    if self.hesitates {
-                        self.bus.publish(super::SCHEDULES, Event::new("schedule.claimed").with_run_id(&run)).await?;
-                        sleep(10 * CLAIM).await;
-                    }
-                    match self.bus.publish(RUNS, start.clone()).await {
-                        Ok(_) => drop(self.leases.transfer(&run, &self.owner, FIRED, REMEMBERED).await?),
-                        Err(error) if error.error().is_retryable() => sleep(PAUSE).await,
-                        Err(error) => return Err(error.into()),
-                    }
-                }
+                Acquired::Yes(_) => break,
             }
+        }
+        if self.hesitates {
+            self.bus.publish(super::SCHEDULES, Event::new("schedule.claimed").with_run_id(run)).await?;
+            sleep(10 * CLAIM).await;
+        }
+        self.bus.publish(RUNS, start.clone()).await?;
+        Ok(())
+    }
+}
+
+/// Does it again until the bus can.
+pub(crate) async fn persist<T, F: Future<Output = Result<T>>>(what: impl Fn() -> F) -> Result<T> {
+    loop {
+        match what().await {
+            Err(error) if error.is_retryable() => sleep(PAUSE).await,
+            outcome => return outcome,
         }
     }
 }

@@ -9,7 +9,7 @@ use jiff::tz::TimeZone;
 
 /// A schedule. Times are milliseconds since 1970.
 pub(crate) struct Schedule {
-    pub(crate) id: &'static str,
+    pub(crate) id: String,
     pub(crate) when: When,
     pub(crate) missed: Missed,
 }

@@ -19,6 +19,9 @@ use crate::memory::Fence;
 /// How long a lease lasts; it is renewed every third of it. The TypeScript system has 15 s; this is short, since the proof waits for it.
 const TTL: Duration = Duration::from_secs(2);
 
+/// How long an agent waits for a bus that is away.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// How many signals that were answered are kept in mind.
 const DONE_KEPT: usize = 1000;
 
@@ -108,7 +111,7 @@ impl Agent {
         Ok(Self { bus, leases, name, key: key.to_owned() })
     }
 
-    /// Takes part until the bus is closed.
+    /// Takes part until the bus is closed. If it is away for a while, the run at hand is given up, and its signal answered anew.
     pub(crate) async fn live(&self, mut said: Subscription, mut told: Subscription) -> Result<()> {
         let mut known = Known::default();
         let mut runs = FuturesUnordered::new(); // one at most
@@ -119,14 +122,17 @@ impl Agent {
                 Some(message) = said.next() => {
                     let message = message?;
                     let signal = message.data::<Signal>()?.into_owned();
-                    self.tell(Told { kind: "signal-enqueued".into(), signal: Some(signal), ..Told::default() }).await?;
-                    message.done();
+                    let enqueued = Told { kind: "signal-enqueued".into(), signal: Some(signal), ..Told::default() };
+                    match present(self.tell(enqueued).await)? {
+                        Some(()) => message.done(),
+                        None => message.retry(),
+                    };
                 }
                 Some(told) = told.next() => look = known.take(&*told?.data::<Told>()?),
                 Some(ended) = runs.next() => {
                     // None: the lease was lost. Whoever has it now answers the signal anew.
-                    if let Some((guard, signal)) = ended?
-                        && let Some((guard, signal)) = self.go_on(&mut known, guard, signal).await?
+                    if let Some((guard, signal)) = present(ended)?.flatten()
+                        && let Some((guard, signal)) = present(self.go_on(&mut known, guard, signal).await)?.flatten()
                     {
                         runs.push(self.run(guard, signal));
                     }
@@ -139,9 +145,10 @@ impl Agent {
                 && runs.is_empty()
                 && let Some((signal, _)) = known.pending.front()
             {
-                match LeaseGuard::acquire(self.leases.clone(), &self.key, &self.name, TTL).await? {
-                    Ok(guard) => runs.push(self.run(guard, signal.clone())),
-                    Err(other) => again = Instant::now() + other.remaining,
+                match present(LeaseGuard::acquire(self.leases.clone(), &self.key, &self.name, TTL).await)? {
+                    Some(Ok(guard)) => runs.push(self.run(guard, signal.clone())),
+                    Some(Err(other)) => again = Instant::now() + other.remaining,
+                    None => again = Instant::now() + PAUSE,
                 }
             }
         }
@@ -171,25 +178,28 @@ impl Agent {
 
     /// Tells that a signal is answered. The lease goes to whom the next one reached; if that is here, it is kept.
     async fn go_on(&self, known: &mut Known, guard: LeaseGuard, signal: Signal) -> Result<Option<(LeaseGuard, Signal)>> {
-        known.complete(&signal);
-        let completed = Told { kind: "run-completed".into(), token: guard.token(), signal: Some(signal), ..Told::default() };
-        match known.pending.front() {
-            Some((next, source)) if *source == self.name => {
+        let next = known.pending.iter().find(|(pending, _)| pending.id != signal.id).cloned();
+        let completed =
+            Told { kind: "run-completed".into(), token: guard.token(), signal: Some(signal.clone()), ..Told::default() };
+        let kept = match next {
+            Some((next, source)) if source == self.name => {
                 self.tell(completed).await?;
-                Ok(Some((guard, next.clone())))
+                Some((guard, next))
             }
             Some((_, source)) => {
                 // First the lease, then the word: who hears it finds the lease to be its own.
-                let next = guard.transfer(source, TTL).await?.map(|lease| Next { owner: lease.owner, token: lease.token });
+                let next = guard.transfer(&source, TTL).await?.map(|lease| Next { owner: lease.owner, token: lease.token });
                 self.tell(Told { next, ..completed }).await?;
-                Ok(None)
+                None
             }
             None => {
                 self.tell(completed).await?;
                 guard.release().await?;
-                Ok(None)
+                None
             }
-        }
+        };
+        known.complete(&signal); // now that all have been told
+        Ok(kept)
     }
 
     async fn tell(&self, told: Told) -> Result<()> {
@@ -198,5 +208,13 @@ impl Agent {
         let event = Event::new(told.kind.clone()).with_run_id(&self.key).with_data(told);
         self.bus.publish(topic(&self.key), event).await?;
         Ok(())
+    }
+}
+
+/// What came of it; none if the bus is away just now.
+fn present<T>(outcome: Result<T>) -> Result<Option<T>> {
+    match outcome {
+        Err(error) if error.is_retryable() => Ok(None),
+        outcome => outcome.map(Some),
     }
 }

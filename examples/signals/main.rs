@@ -11,10 +11,13 @@ use std::process::ExitCode;
 use agent::{Agent, inbox, topic};
 use fleet::{Fleet, Proof, Role, Worker};
 use memory::Memory;
-use pubsub_core::{Capability, Event, Result, Subscription};
+use pubsub_core::{Capability, Event, Group, Result, RetryPolicy, SubscribeOptions, Subscription};
 use serde_json::json;
 
-const THREAD: &str = "user-7/what to cook";
+/// The key of a stage's conversation.
+fn thread(stage: &str) -> String {
+    format!("user-7/what to cook/{stage}")
+}
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -23,8 +26,12 @@ async fn main() -> ExitCode {
 
 /// A process in which the conversation's agent can run.
 async fn work(role: Role) -> Result<()> {
-    let agent = Agent::new(role.bus.clone(), role.name.clone(), THREAD)?;
-    let (said, told) = (role.bus.subscribe_group(inbox(&role.name), "agent").await?, role.bus.subscribe(topic(THREAD)).await?);
+    let thread = thread(role.stage());
+    let agent = Agent::new(role.bus.clone(), role.name.clone(), &thread)?;
+    // However long the bus is away: a signal that it gave up would be lost.
+    let keeps = SubscribeOptions::group(Group::new("agent")?).retry(RetryPolicy::new().max_attempts(0));
+    let said = role.bus.subscribe_with(inbox(&role.name), keeps).await?;
+    let told = role.bus.subscribe(topic(&thread)).await?;
     role.ready().await?;
     agent.live(said, told).await
 }
@@ -34,7 +41,9 @@ where
     W: Fn(Role) -> F + Copy + Send + 'static,
     F: Future<Output = Result<()>>,
 {
-    let mut stage = Stage { told: fleet.bus.subscribe(topic(THREAD)).await?, memory: Memory::default(), said: 0, fleet };
+    let thread = thread(&fleet.stage);
+    let told = fleet.bus.subscribe(topic(&thread)).await?;
+    let mut stage = Stage { told, thread, memory: Memory::default(), said: 0, fleet };
     let mut agents = Vec::new();
     for name in ["a1", "a2", "a3"] {
         agents.push(stage.fleet.start("agent", name).await?);
@@ -69,6 +78,10 @@ where
     }
     stage.all_answered().await?;
     drop(agents);
+    for agent in ["a1", "a2", "a3"] {
+        stage.fleet.bus.clear_topic(inbox(&format!("{agent}.{}", stage.fleet.stage))).await?;
+    }
+    stage.fleet.bus.clear_topic(topic(&stage.thread)).await?;
 
     let memory = &stage.memory;
     let mut proof = Proof::new();
@@ -84,6 +97,7 @@ where
 /// The director, who talks to agents and listens to the conversation.
 struct Stage<W> {
     fleet: Fleet<W>,
+    thread: String,
     told: Subscription,
     memory: Memory,
     said: usize,
@@ -95,7 +109,7 @@ impl<W> Stage<W> {
         let signal = json!({ "id": format!("signal-{}", self.said), "text": text });
         self.said += 1;
         self.memory.thinking = None; // what was seen so far is about another signal
-        self.fleet.bus.publish(inbox(agent.name()), Event::new("signal").with_run_id(THREAD).with_data(signal)).await?;
+        self.fleet.bus.publish(inbox(agent.name()), Event::new("signal").with_run_id(&self.thread).with_data(signal)).await?;
         Ok(())
     }
 

@@ -190,6 +190,21 @@ async fn a_role_that_does_not_exist_is_no_worker() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn systems_do_not_disturb_each_other_on_one_bus() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/bus.sock", directory.path().display());
+    let url = [url.as_str()];
+    // Two of each at once, then one more beside what they have left.
+    for system in ["workflow", "scheduler", "background_tasks", "signals"] {
+        let (one, other) = tokio::join!(run(system, &url, None), run(system, &url, None));
+        for ran in [one, other, run(system, &url, None).await] {
+            assert_eq!((ran.status, ran.line("proof")), (0, "holds"), "{system}: {}{}", ran.stdout, ran.stderr);
+        }
+    }
+}
+
 #[tokio::test]
 async fn hello_is_short_and_runs() {
     assert!(include_str!("../hello.rs").lines().count() <= 15);

@@ -1,7 +1,8 @@
 //! A small engine. Where a run stands and what it knows is in the event that carries it on; a worker that handled one may forget it.
 //!
 //! - An event is acknowledged when what follows from it has been published: a worker that dies before has its events handled anew.
-//! - What follows bears an id that is made of the run and the place, so that done twice is said twice, in the same words.
+//! - What follows bears an id that is made of the run and the place, so that done twice is said twice, in the same words. The end of a
+//!   run bears the run's alone: should a step come to one end here and to another there, whoever goes by ids takes the first.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -96,10 +97,9 @@ impl Engine {
         Self { bus, worker, workflow }
     }
 
-    /// As which group, and with which patience, the runs are read.
+    /// As which group, and with which patience, the runs are read. The bus gives nothing up: a run that it dropped would never end.
     pub(crate) fn options(&self) -> Result<SubscribeOptions> {
-        let retry =
-            RetryPolicy::new().max_attempts(MAX_ATTEMPTS).backoff(Duration::from_millis(20), Duration::from_millis(200));
+        let retry = RetryPolicy::new().max_attempts(0).backoff(Duration::from_millis(20), Duration::from_millis(200));
         Ok(SubscribeOptions::group(Group::new(GROUP)?).retry(retry))
     }
 
@@ -115,13 +115,11 @@ impl Engine {
                 self.tell(&run, "workflow-start", json!({})).await?;
                 self.go_to(run, 0).await
             }
-            "workflow.step.run" | "workflow.resume" => match self.step(&mut run, message).await {
-                Err(failure) if message.attempt() >= MAX_ATTEMPTS => {
-                    run.prev_result = json!({ "status": "failed", "error": format!("{failure:?}") });
-                    self.publish(RUNS, "workflow.fail", "over", run).await
-                }
-                outcome => outcome,
-            },
+            // Whoever made the last attempt did not live to tell.
+            "workflow.step.run" | "workflow.resume" if message.attempt() > MAX_ATTEMPTS => {
+                self.fail(&run, &Failure::retry("the workers that tried are gone")).await
+            }
+            "workflow.step.run" | "workflow.resume" => self.step(&mut run, message).await,
             "workflow.step.end" => {
                 let next = run.execution_path.first().map_or(0, |at| at + 1);
                 self.go_to(run, next).await
@@ -136,9 +134,17 @@ impl Engine {
 
     async fn go_to(&self, mut run: Run, step: usize) -> Result<(), Failure> {
         run.execution_path = vec![step];
-        let (kind, what) =
-            if step < self.workflow.steps.len() { ("workflow.step.run", "run") } else { ("workflow.end", "over") };
-        self.publish(RUNS, kind, what, run).await
+        if step < self.workflow.steps.len() {
+            return self.publish(RUNS, "workflow.step.run", "run", run).await;
+        }
+        run.execution_path.clear();
+        self.publish(RUNS, "workflow.end", "over", run).await
+    }
+
+    async fn fail(&self, run: &Run, failure: &Failure) -> Result<(), Failure> {
+        let prev_result = json!({ "status": "failed", "error": format!("{failure:?}") });
+        let run = Run { execution_path: Vec::new(), prev_result, ..run.clone() };
+        self.publish(RUNS, "workflow.fail", "over", run).await
     }
 
     async fn step(&self, run: &mut Run, message: &Message) -> Result<(), Failure> {
@@ -151,8 +157,14 @@ impl Engine {
                 let Some(outputs) = self.gather(run, tasks, message.attempt()).await? else { return Ok(()) };
                 ("parallel", outputs)
             }
-            (Step::Parallel(tasks), Some(&branch)) => (tasks[branch], self.task(run, tasks[branch], message).await?),
-            (Step::Task(task), _) => (*task, self.task(run, task, message).await?),
+            (Step::Parallel(tasks), Some(&branch)) => {
+                let Some(output) = self.task(run, tasks[branch], message).await? else { return Ok(()) };
+                (tasks[branch], output)
+            }
+            (Step::Task(task), _) => {
+                let Some(output) = self.task(run, task, message).await? else { return Ok(()) };
+                (*task, output)
+            }
             (Step::Sleep(name, length), _) => {
                 self.tell(run, "workflow-step-start", self.about(name)).await?;
                 // From when the event was made: whoever takes over sleeps what is left.
@@ -180,9 +192,13 @@ impl Engine {
         self.publish(RUNS, "workflow.step.end", "end", run.clone()).await
     }
 
-    async fn task(&self, run: &Run, task: &str, message: &Message) -> Result<Value, Failure> {
+    /// Carries out a task; none if the run failed in it. A bus that fails is no failure of the task.
+    async fn task(&self, run: &Run, task: &str, message: &Message) -> Result<Option<Value>, Failure> {
         self.tell(run, "workflow-step-start", self.about(task)).await?;
-        (self.workflow.task)(task, run, message.attempt()).await
+        match (self.workflow.task)(task, run, message.attempt()).await {
+            Err(failure) if message.attempt() >= MAX_ATTEMPTS => self.fail(run, &failure).await.map(|()| None),
+            outcome => outcome.map(Some),
+        }
     }
 
     /// Sends out the tasks of a parallel step and waits for all their results; none if the run failed in one of them.
