@@ -49,7 +49,7 @@ pub(crate) async fn talk(
         let answered = !answers.is_empty();
         answers.into_iter().for_each(|frame| link.heard(frame));
         out.extend_from_slice(&host.lines());
-        link.eased();
+        link.eased(!out.is_empty());
         if answered {
             continue; // it may have had something to say to that
         }

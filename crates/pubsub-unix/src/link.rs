@@ -116,7 +116,7 @@ struct State {
     out: Vec<u8>,
     /// The connection, for what is written at once.
     stream: Option<Arc<Outgoing>>,
-    /// Whether the task is writing.
+    /// Whether the task is still writing what it took from there.
     writing: bool,
     connected: bool,
     closed: bool,
@@ -170,20 +170,7 @@ pub(crate) struct Carrier {
 impl Link {
     /// A link, and its task. It has tried once to find or be the broker when this returns.
     pub(crate) async fn connect(config: Config) -> Result<(Arc<Self>, Carrier)> {
-        let status = watch::Sender::new(Status::Reconnecting { since: SystemTime::now() });
-        let state = State {
-            session: Session::new(fastrand::u64(..)),
-            out: Vec::new(),
-            stream: None,
-            writing: false,
-            connected: false,
-            closed: false,
-            members: HashMap::new(),
-            followed: HashMap::new(),
-            batch: None,
-        };
-        let foreign = AtomicBool::new(false);
-        let link = Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status, foreign });
+        let link = Self::new();
         let (end, ended) = oneshot::channel();
         let mut line = Line { link: Arc::downgrade(&link), config, serving: None, supersede: false, host: None };
         let first = line.find().await.map_err(|error| Error::new(kind(&error)).during("connect").caused_by(error))?;
@@ -197,6 +184,24 @@ impl Link {
             return Err(Error::new(ErrorKind::Denied).during("connect").caused_by(error.to_string()));
         }
         Ok((link, Carrier { task, end }))
+    }
+
+    /// A link that nothing carries yet.
+    fn new() -> Arc<Self> {
+        let status = watch::Sender::new(Status::Reconnecting { since: SystemTime::now() });
+        let state = State {
+            session: Session::new(fastrand::u64(..)),
+            out: Vec::new(),
+            stream: None,
+            writing: false,
+            connected: false,
+            closed: false,
+            members: HashMap::new(),
+            followed: HashMap::new(),
+            batch: None,
+        };
+        let foreign = AtomicBool::new(false);
+        Arc::new(Self { state: Mutex::new(state), more: Notify::new(), less: Notify::new(), status, foreign })
     }
 
     /// Whether the broker is a TypeScript peer.
@@ -253,8 +258,9 @@ impl Link {
         self.more.notified().await;
     }
 
-    /// Something was said or answered.
-    pub(crate) fn eased(&self) {
+    /// Something was said or answered. Whether some of what was taken is still to be written.
+    pub(crate) fn eased(&self, writing: bool) {
+        self.state.lock().writing = writing;
         self.less.notify_waiters();
     }
 
@@ -462,7 +468,7 @@ impl Link {
         {
             let mut state = self.state.lock();
             state.out.clear();
-            state.connected = true;
+            (state.connected, state.writing) = (true, false);
             let mut frames: Vec<_> = state.session.resume().collect();
             if foreign {
                 frames.sort_by_key(|frame| !matches!(frame, ToBroker::Ask { .. }));

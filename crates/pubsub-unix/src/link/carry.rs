@@ -203,11 +203,7 @@ impl<'a> Lent<'a> {
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        let stream = {
-            let mut state = self.0.state.lock();
-            state.writing = false;
-            state.stream.take()
-        };
+        let stream = self.0.state.lock().stream.take();
         drop(stream); // the last of it closes the connection
     }
 }
@@ -301,7 +297,7 @@ async fn write(link: &Link, to: &Outgoing) -> io::Result<()> {
             continue;
         }
         to.write_whole(&bytes).await?;
-        link.less.notify_waiters();
+        link.eased(false);
     }
 }
 
@@ -315,7 +311,11 @@ async fn last_words(link: &Link) {
             let less = link.less.notified();
             let mut less = std::pin::pin!(less);
             less.as_mut().enable();
-            if link.state.lock().out.is_empty() {
+            let is_written = {
+                let state = link.state.lock();
+                state.out.is_empty() && !state.writing
+            };
+            if is_written {
                 return;
             }
             less.await;
@@ -330,5 +330,40 @@ pub(crate) fn kind(error: &io::Error) -> ErrorKind {
         io::ErrorKind::PermissionDenied => ErrorKind::Denied,
         io::ErrorKind::InvalidData | io::ErrorKind::AlreadyExists => ErrorKind::Backend(error.to_string().into()),
         _ => ErrorKind::Unavailable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn last_words_are_written_to_the_end() {
+        /// More than a connection takes at once.
+        const MUCH: usize = 1 << 19;
+        let (near, far) = UnixStream::pair().unwrap();
+        let ((_keep, to), (mut from, _open)) = (pipe::split(near).unwrap(), pipe::split(far).unwrap());
+        let link = Link::new();
+        let fill = || link.state.lock().out.extend_from_slice(&[0; MUCH]);
+        link.state.lock().connected = true;
+        fill();
+        let ending = async {
+            let mut writing = Box::pin(write(&link, &to));
+            assert!(futures::poll!(&mut writing).is_pending());
+            fill();
+            tokio::select! {
+                written = &mut writing => written.unwrap(),
+                () = last_words(&link) => {}
+            }
+            drop(writing);
+            drop(to);
+        };
+        let mut read = Vec::new();
+        let reading = async { while from.read_buf(&mut read).await.unwrap() > 0 {} };
+        tokio::join!(ending, reading);
+        let mut bye = Vec::new();
+        frame::encode(&ToBroker::Bye, &mut bye).unwrap();
+        assert_eq!(read.len(), 2 * MUCH + bye.len());
+        assert!(read.ends_with(&bye));
     }
 }
