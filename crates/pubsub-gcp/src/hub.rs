@@ -183,6 +183,12 @@ impl Hub {
         self.caught_up.notify_waiters();
     }
 
+    /// What a server had that has forgotten all is lost, and it gives its message ids anew.
+    fn forget_server(&self) {
+        self.forget_expected();
+        *self.seen.lock() = Remembered::default();
+    }
+
     /// Waits until what this instance had published before has come.
     pub(crate) async fn caught_up(&self) {
         loop {
@@ -283,18 +289,17 @@ impl Feed for Hub {
 
     fn take(&self, received: Vec<ReceivedMessage>) {
         let (mut acked, mut events) = (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
+        let mut arrivals: Vec<_> = received.into_iter().map(Arrival::read).collect();
         let mut came = false;
-        for arrival in received.into_iter().map(Arrival::read) {
-            let Arrival { ack_id, message_id, published, topic, content } = arrival;
-            acked.push(ack_id);
-            let (new, awaited) = {
-                let mut seen = self.seen.lock();
-                (seen.insert(&message_id), self.expected.lock().remove(&message_id))
-            };
-            came |= awaited;
-            if !new {
-                continue;
-            }
+        {
+            let (mut seen, mut expected) = (self.seen.lock(), self.expected.lock());
+            arrivals.retain_mut(|arrival| {
+                acked.push(std::mem::take(&mut arrival.ack_id));
+                came |= expected.remove(&arrival.message_id);
+                seen.insert(&arrival.message_id)
+            });
+        }
+        for Arrival { message_id, published, topic, content, .. } in arrivals {
             match content {
                 Content::Event { event, attempt } => {
                     if self.channel.route.admits(topic.as_deref(), event.run_id()) {
@@ -319,21 +324,7 @@ impl Feed for Hub {
     }
 
     fn mend(self: Arc<Self>, fault: Fault, lost: bool) -> BoxFuture<'static, std::result::Result<(), Fault>> {
-        async move {
-            let fault = match self.services.probe(&self.name, fault).await {
-                Ok(()) => return Ok(()),
-                Err(fault) => fault,
-            };
-            if fault.is_not_found() && lost && self.services.options.restores() {
-                tracing::warn!(subscription = %self.name, "a subscription was gone and is made anew");
-                // What it had is lost, and a server that has forgotten all gives its message ids anew.
-                self.forget_expected();
-                *self.seen.lock() = Remembered::default();
-                return self.services.provision.ensure(&self.spec).await;
-            }
-            Err(fault)
-        }
-        .boxed()
+        async move { self.services.mend(&self.spec, fault, lost, || self.forget_server()).await }.boxed()
     }
 
     fn flows(&self) {

@@ -25,7 +25,7 @@ use crate::listener::Attachment;
 use crate::member::Membership;
 use crate::message;
 use crate::names::Names;
-use crate::provision::Provision;
+use crate::provision::{Provision, Spec};
 use crate::publish::Publisher;
 use crate::settle::{self, Notice, What};
 
@@ -78,9 +78,21 @@ impl Services {
         }
     }
 
-    /// After a stream ended with a fault: finds out whether its subscription can be reached, and is there. An idle stream would not
-    /// tell before its next message.
-    pub(crate) async fn probe(&self, subscription: &str, fault: Fault) -> Result<(), Fault> {
+    /// After a stream ended with a fault: finds out whether its subscription can be reached. Where its server has forgotten it, it is made
+    /// anew, once what is known of it was forgotten here, too.
+    pub(crate) async fn mend(&self, spec: &Spec, fault: Fault, lost: bool, forget: impl FnOnce()) -> Result<(), Fault> {
+        match self.probe(spec.name(), fault).await {
+            Err(fault) if fault.is_not_found() && lost && self.options.restores() => {
+                tracing::warn!(subscription = spec.name(), "a subscription was gone and is made anew");
+                forget();
+                self.provision.ensure(spec).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Whether a subscription can be reached, and is there. An idle stream would not tell before its next message.
+    async fn probe(&self, subscription: &str, fault: Fault) -> Result<(), Fault> {
         self.ill(&fault);
         if !fault.is_temporary() {
             return Err(fault);

@@ -169,19 +169,24 @@ impl Call {
     }
 
     fn published(&self, place: usize, id: String) {
-        if let Some(ids) = &mut self.state.lock().ids {
-            ids.push(id);
-        }
-        self.end(place, Fate::Published, None);
+        self.end(place, Fate::Published, |state| {
+            if let Some(ids) = &mut state.ids {
+                ids.push(id);
+            }
+        });
     }
 
-    fn end(&self, place: usize, fate: Fate, fault: Option<&Fault>) {
+    fn failed(&self, place: usize, fate: Fate, fault: &Fault) {
+        self.end(place, fate, |state| {
+            state.fault.get_or_insert_with(|| fault.clone());
+        });
+    }
+
+    fn end(&self, place: usize, fate: Fate, note: impl FnOnce(&mut CallState)) {
         let mut state = self.state.lock();
         state.events[place] = Stage::Ended(fate);
         state.left -= 1;
-        if let Some(fault) = fault {
-            state.fault.get_or_insert_with(|| fault.clone());
-        }
+        note(&mut state);
         let ended = state.left == 0;
         drop(state);
         if ended {
@@ -443,6 +448,6 @@ impl Shared {
             }
         };
         let fate = if unknown { Fate::Unknown } else { Fate::NotSent };
-        batch.iter().for_each(|item| item.call.end(item.place, fate, Some(&fault)));
+        batch.iter().for_each(|item| item.call.failed(item.place, fate, &fault));
     }
 }

@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use fred::types::Value;
 use pubsub_core::machinery::Pause;
 use tokio::time::Instant;
@@ -71,24 +70,23 @@ impl Shared {
         if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
     }
 
-    fn words(&self, script: &Script, stream: &str, number: u64, events: &[Bytes]) -> Cmd {
+    fn words(&self, script: &Script, call: &Call) -> Cmd {
         let Retention { max_len, idle_ttl, .. } = self.retention;
-        let words = script.call(&[stream]).arg(&*self.publisher).number(number);
+        let words = script.call(&[&*call.stream]).arg(&*self.publisher).number(call.number);
         let words = words.number(max_len).number(self.retention.least()).number(idle_ttl);
-        events.iter().fold(words, |words, event| words.arg(event.clone()))
+        call.events.iter().fold(words, |words, event| words.arg(event.clone()))
     }
 
     /// Adds the events of a call, by the script's hash or, if the server may not know it, in full.
-    pub(crate) fn add(&self, call: &Call, in_full: bool) -> impl Future<Output = Result<Vec<EntryId>, Fault>> + Send + 'static {
-        let (words, link, count) =
-            (self.words(&ADD, &call.stream, call.number, &call.events), self.link.clone(), call.events.len());
+    pub(crate) async fn add(&self, call: &Call, in_full: bool) -> Outcome {
+        let words = self.words(&ADD, call);
         let words = if in_full { ADD.in_full(words) } else { words };
-        async move { ids(link.call(words).await?, count) }
+        ids(self.link.call(words).await?, call.events.len())
     }
 
     /// Adds the one event of a call to a stream that is there, which costs the server a third of what the script does; where there is none,
     /// by the script. Nothing else may be on its way to the stream.
-    pub(crate) fn add_alone(self: &Arc<Self>, call: &Call) -> impl Future<Output = Outcome> + Send + 'static {
+    pub(crate) async fn add_alone(&self, call: &Call) -> Outcome {
         let max_len = self.retention.max_len;
         let mut adding = Cmd::new("XADD").key(&call.stream).arg("NOMKSTREAM");
         if max_len > 0 {
@@ -96,21 +94,16 @@ impl Shared {
         }
         let adding = call.events.iter().fold(adding.arg("*"), |adding, event| adding.arg("event").arg(event.clone()));
         let adding = adding.arg("p").arg(&*self.publisher).arg("n").number(call.number);
-        let script = (self.clone(), call.stream.clone(), call.number, call.events.clone());
-        async move {
-            let (shared, stream, number, events) = script;
-            match shared.link.call(adding).await? {
-                Value::Null => ids(shared.link.eval(&ADD, shared.words(&ADD, &stream, number, &events)).await?, 1),
-                id => Ok(vec![reply::id(&id)?]),
-            }
+        match self.link.call(adding).await? {
+            Value::Null => ids(self.link.eval(&ADD, self.words(&ADD, call)).await?, 1),
+            id => Ok(vec![reply::id(&id)?]),
         }
     }
 
     /// Adds the events of a call in a cluster, by a script that its node may not know. It waits for its own node alone: nothing else is on
     /// its way to the stream.
     pub(crate) async fn add_in_cluster(&self, call: &Call) -> Outcome {
-        let words = self.words(&ADD, &call.stream, call.number, &call.events);
-        match self.link.eval(&ADD, words).await.and_then(|answer| ids(answer, call.events.len())) {
+        match self.link.eval(&ADD, self.words(&ADD, call)).await.and_then(|answer| ids(answer, call.events.len())) {
             // A key that has no node just now is going to have one.
             Err(fault) if fault.is_unknown() || fault.is_elsewhere() => self.add_missing(call, None).await,
             outcome => outcome,
@@ -149,8 +142,7 @@ impl Shared {
     }
 
     async fn find_or_add(&self, call: &Call) -> Result<Vec<EntryId>, Fault> {
-        let words =
-            self.words(&FIND_OR_ADD, &call.stream, call.number, &call.events).number(millis(call.sent.elapsed() + CLOCK_SLACK));
+        let words = self.words(&FIND_OR_ADD, call).number(millis(call.sent.elapsed() + CLOCK_SLACK));
         ids(self.link.eval(&FIND_OR_ADD, words).await?, call.events.len())
     }
 }

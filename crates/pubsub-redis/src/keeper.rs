@@ -5,6 +5,7 @@ use std::sync::{Arc, LazyLock, Weak};
 
 use futures::StreamExt;
 use parking_lot::Mutex;
+use pubsub_core::machinery::Pause;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -80,7 +81,7 @@ async fn tend(desk: &Arc<Desk>, settler: &Settler) {
         Err(fault) => {
             // A group that is gone is made anew by its reader. Whatever it is, the next sweep tries again.
             desk.claimed(None, !fault.is("NOGROUP") && fault.is_unknown());
-            tokio::time::sleep(pubsub_core::machinery::Pause::new().step()).await;
+            tokio::time::sleep(Pause::new().step()).await;
         }
     }
     if desk.time_to_look_after() {

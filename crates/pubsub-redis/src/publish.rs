@@ -342,18 +342,16 @@ impl Task {
                 let Some(call) = lane.next_call(&stream, open, next) else { continue };
                 lane.alone = self.known && lane.on_their_way == 0 && call.events.len() == 1 && renewed.is_fresh(&stream);
                 lane.on_their_way += 1;
-                calls.push(if in_cluster {
-                    let shared = shared.clone();
-                    async move {
-                        let outcome = shared.add_in_cluster(&call).await;
-                        (call, outcome)
-                    }
-                    .boxed()
-                } else if lane.alone {
-                    shared.add_alone(&call).map(|outcome| (call, outcome)).boxed()
-                } else {
-                    shared.add(&call, !self.known).map(|outcome| (call, outcome)).boxed()
-                });
+                let (shared, alone, in_full) = (shared.clone(), lane.alone, !self.known);
+                let adding = async move {
+                    let outcome = match (in_cluster, alone) {
+                        (true, _) => shared.add_in_cluster(&call).await,
+                        (false, true) => shared.add_alone(&call).await,
+                        (false, false) => shared.add(&call, in_full).await,
+                    };
+                    (call, outcome)
+                };
+                calls.push(adding.boxed());
             }
             if lane.on_their_way == 0 && lane.events == 0 {
                 lanes.remove(&stream);

@@ -7,14 +7,11 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep};
 
-use super::DeadLetterSink;
+use super::{DeadLetterSink, Pause};
 use crate::{Event, PubSub, PublishOptions, Topic};
 
 /// How long a bus that refuses a letter is asked again.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The back-off between two tries, at first and at most.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 /// Publishes dead letters on a bus, which is asked again for a minute while its errors are retryable. Then the letter is given up, and
 /// that is logged.
@@ -41,14 +38,13 @@ impl<B: Fn() -> Option<Arc<dyn PubSub>> + Send + Sync + 'static> DeadLetterSink 
         }
         let deliver = async move {
             let give_up = Instant::now() + PATIENCE;
-            let mut pause = BACKOFF.0;
+            let mut pause = Pause::new();
             while let Err(error) = bus.publish(&topic, &events, options.clone()).await {
                 if !error.kind().is_retryable() || Instant::now() >= give_up {
                     tracing::error!(%topic, letter = %events[0].id(), %error, "a dead letter could not be published");
                     return;
                 }
-                sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                pause = (pause * 2).min(BACKOFF.1);
+                sleep(pause.step()).await;
             }
         };
         Some(deliver.boxed())

@@ -37,21 +37,16 @@ impl Desk {
 
     /// Says that everything is held still, and lets go of what is not any more.
     fn renew(&self, now: Instant) {
-        let (lost, kept) = {
+        let (tokens, events, kept) = {
             let mut state = self.state.lock();
-            let stale: Vec<_> = state.held.iter().filter(|(_, held)| Self::is_revoked(&held.inner)).map(|(t, _)| t).collect();
             let lost: Vec<_> = state.leases.iter().filter(|(_, lease)| lease.until <= now).map(|(n, _)| *n).collect();
             let gone: HashSet<_> = lost.iter().copied().collect();
-            let held = state
-                .held
-                .iter()
-                .filter(|(token, held)| stale.contains(token) || held.lease.is_some_and(|lease| gone.contains(&lease)));
-            let tokens: Vec<_> = held.map(|(token, _)| token).collect();
+            let is_over = |held: &Held| Self::is_revoked(&held.inner) || held.lease.is_some_and(|lease| gone.contains(&lease));
+            let tokens: Vec<_> = state.held.iter().filter(|(_, held)| is_over(held)).map(|(token, _)| token).collect();
             let events: Vec<_> = lost.iter().filter_map(|lease| state.remove(*lease)).map(|lease| lease.event).collect();
             let kept: Vec<_> = state.leases.iter().map(|(number, lease)| (*number, lease.ack_id.clone())).collect();
-            ((tokens, events), kept)
+            (tokens, events, kept)
         };
-        let (tokens, events) = lost;
         for (Held { inner, revoked, .. }, _) in tokens.into_iter().filter_map(|token| self.let_go(token)) {
             drop(inner.done());
             revoked.into_iter().for_each(Waker::wake);
@@ -164,19 +159,7 @@ impl Feed for Desk {
     }
 
     fn mend(self: Arc<Self>, fault: Fault, lost: bool) -> BoxFuture<'static, Result<(), Fault>> {
-        async move {
-            let fault = match self.services.probe(&self.name, fault).await {
-                Ok(()) => return Ok(()),
-                Err(fault) => fault,
-            };
-            if fault.is_not_found() && lost && self.services.options.restores() {
-                tracing::warn!(subscription = %self.name, "a subscription was gone and is made anew");
-                self.forget_server();
-                return self.services.provision.ensure(&self.spec).await;
-            }
-            Err(fault)
-        }
-        .boxed()
+        async move { self.services.mend(&self.spec, fault, lost, || self.forget_server()).await }.boxed()
     }
 
     fn flows(&self) {

@@ -120,6 +120,15 @@ impl State {
         self.present().next().is_some()
     }
 
+    /// A message is this instance's from now on. Returns the number of its lease.
+    fn lease(&mut self, ack_id: String, message_id: String, event: Arc<Event>, until: Instant) -> u64 {
+        let (number, message_id) = (self.next_lease, Arc::<str>::from(message_id));
+        self.next_lease += 1;
+        self.by_message.insert(message_id.clone(), number);
+        self.leases.insert(number, Lease { ack_id, message_id, event, until });
+        number
+    }
+
     /// Ends a lease.
     fn remove(&mut self, lease: u64) -> Option<Lease> {
         self.ahead.remove(&lease);
@@ -295,22 +304,14 @@ impl Desk {
                     }
                     _ if !wanted => back.push(ack_id),
                     Content::Event { event, attempt } => {
-                        let number = state.next_lease;
-                        state.next_lease += 1;
-                        let message_id: Arc<str> = message_id.into();
-                        state.by_message.insert(message_id.clone(), number);
-                        state.leases.insert(number, Lease { ack_id, message_id, event: event.clone(), until });
+                        let number = state.lease(ack_id, message_id, event.clone(), until);
                         state.ahead.insert(number);
                         entries.push(machinery::Entry::new(event).attempt(attempt).at(self.scope.clone(), number));
                     }
                     Content::Malformed { bytes, why } => {
                         state.counts.dropped += 1;
                         let stand_in = Arc::new(Arrival::stand_in(&message_id, published, &bytes));
-                        let number = state.next_lease;
-                        state.next_lease += 1;
-                        let message_id: Arc<str> = message_id.into();
-                        state.by_message.insert(message_id.clone(), number);
-                        state.leases.insert(number, Lease { ack_id, message_id, event: stand_in.clone(), until });
+                        let number = state.lease(ack_id, message_id, stand_in.clone(), until);
                         malformed.push((number, stand_in, why));
                     }
                 }
