@@ -83,7 +83,8 @@
 //! [`keep_alive`](GcpBuilder::keep_alive) and ten seconds. Subscriptions carry on. What an instance held that died goes to others after
 //! [`ack_deadline`](GcpBuilder::ack_deadline); its private subscriptions expire. Permission denied, and a subscription that was deleted,
 //! are errors that end the streams they concern. After an emulator was restarted its topics and subscriptions are made anew: what it had
-//! confirmed and not delivered is lost, nothing else.
+//! confirmed and not delivered is lost. Publishing waits for [`restore_grace`](GcpBuilder::restore_grace) meanwhile; an instance that is not
+//! back by then loses what comes before it is, and on a busy machine one was seen that got nothing more.
 //!
 //! The emulator does worse than the service where a stream's connection breaks or its process is killed: it gives further messages to
 //! the stream that is no more. With gcloud-sdk alone and a deadline of 10 s they came again after 10 to 70 s, and on a subscription

@@ -29,11 +29,10 @@ fn main() -> ExitCode {
     }
     let trial = |name: &str, test: fn() -> Outcome| Trial::test(name, test).with_ignored_flag(skipped);
     let trials = vec![
-        // Asks more than is promised: who listens elsewhere is back within `restore_grace` only if the machine is not busy.
-        trial("a_killed_emulator_comes_back_and_only_what_it_lost_is_missing (on a machine that does nothing else)", || {
-            run(restarted())
-        })
-        .with_ignored_flag(true),
+        // On a busy machine it is red now and then: a listener elsewhere, or a group, gets nothing of what comes after, however long the
+        // grace. Whether that is the emulator's doing, as with streams that were cut, is not established.
+        trial("a_killed_emulator_comes_back_and_only_what_it_lost_is_missing (not on a busy machine)", || run(restarted()))
+            .with_ignored_flag(true),
         trial("a_deleted_subscription_ends_its_streams_with_an_error", || run(deleted())),
         trial("listeners_share_one_subscription_and_leave_none_behind", || run(shared_by_listeners())),
         trial("many_instances_make_a_topic_and_a_group_once", || run(first_use())),
