@@ -333,21 +333,23 @@ impl PubSub for EventEmitterPubSub {
 
     async fn close(&self, within: Duration) -> Result<Closed> {
         let Instance { id, hub, closing, .. } = &*self.0;
-        let inline: Vec<_> = {
+        let (begins, inline): (_, Vec<_>) = {
             let mut attached = self.0.attached.lock();
             let held_on: Vec<_> = attached.held_on.drain(..).filter_map(|queue| queue.upgrade()).collect();
             let subscriptions: Vec<_> = attached.subscriptions.values().cloned().collect();
-            if subscriptions.is_empty() && held_on.is_empty() {
-                closing.at_once(Closed::default());
+            let begins = if subscriptions.is_empty() && held_on.is_empty() {
+                closing.at_once(Closed::default())
             } else {
                 // Subscriptions have made the timer.
-                closing.begin(&hub.timer()?.runtime(), || end(*id, subscriptions, held_on, within));
-            }
-            attached.inline.drain(..).filter_map(|inline| inline.upgrade()).collect()
+                closing.begin(&hub.timer()?.runtime(), || end(*id, subscriptions, held_on, within))
+            };
+            (begins, attached.inline.drain(..).filter_map(|inline| inline.upgrade()).collect())
         };
-        self.0.closed.send_replace(true);
-        self.0.status.send_replace(Status::Closed);
-        inline.iter().for_each(|inline| inline.end());
+        if begins {
+            self.0.closed.send_replace(true);
+            self.0.status.send_replace(Status::Closed);
+            inline.iter().for_each(|inline| inline.end());
+        }
         closing.ended().await
     }
 

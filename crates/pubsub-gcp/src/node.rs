@@ -278,12 +278,14 @@ impl Node {
 
     /// Closes, or waits for a close that has begun.
     pub(crate) async fn close(self: &Arc<Self>, within: Duration) -> Result<Closed> {
-        {
+        let begins = {
             let _nothing_attaches = self.attached.lock();
             let node = self.clone();
-            self.closing.begin(&self.services.timer.runtime(), || async move { node.end(within).await });
+            self.closing.begin(&self.services.timer.runtime(), || async move { node.end(within).await })
+        };
+        if begins {
+            self.services.status.send_replace(Status::Closed);
         }
-        self.services.status.send_replace(Status::Closed);
         self.closing.ended().await
     }
 

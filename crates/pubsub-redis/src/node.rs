@@ -180,10 +180,6 @@ impl Node {
         self.status.subscribe()
     }
 
-    pub(crate) fn tell(&self, status: Status) {
-        self.status.send_replace(status);
-    }
-
     pub(crate) fn is_closed(&self) -> bool {
         self.closing.has_begun()
     }
@@ -294,12 +290,14 @@ impl Node {
 
     /// Closes, or waits for a close that has begun.
     pub(crate) async fn close(self: &Arc<Self>, within: Duration) -> Result<Closed> {
-        {
+        let begins = {
             let _nothing_attaches = self.attached.lock();
             let node = self.clone();
-            self.closing.begin(&self.timer().runtime(), || async move { node.end(within).await });
+            self.closing.begin(&self.timer().runtime(), || async move { node.end(within).await })
+        };
+        if begins {
+            self.status.send_replace(Status::Closed);
         }
-        self.tell(Status::Closed);
         self.closing.ended().await
     }
 

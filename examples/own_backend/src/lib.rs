@@ -121,13 +121,14 @@ impl PubSub for TinyBus {
         Ok(()) // nothing is under way once its call has returned
     }
     async fn close(&self, within: Duration) -> Result<Closed> {
-        {
+        let begins = {
             let all = self.0.queues.lock();
-            self.0.closing.begin(&Handle::current(), || {
-                machinery::end_queues(all.values().flatten().cloned().collect(), INSTANCE, within)
-            });
+            let end = || machinery::end_queues(all.values().flatten().cloned().collect(), INSTANCE, within);
+            self.0.closing.begin(&Handle::current(), end)
+        };
+        if begins {
+            self.0.status.send_replace(Status::Closed);
         }
-        self.0.status.send_replace(Status::Closed);
         self.0.closing.ended().await
     }
 }

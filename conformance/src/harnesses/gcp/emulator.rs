@@ -81,15 +81,6 @@ impl Emulator {
         Ok(())
     }
 
-    /// Kills it, and starts it again on the same port: its memory is gone.
-    ///
-    /// # Errors
-    /// If it does not start.
-    pub fn restart(&self) -> io::Result<()> {
-        self.kill();
-        self.spawn()
-    }
-
     /// Kills it; gone when this returns.
     pub fn kill(&self) {
         if let Some(mut child) = self.child.lock().take() {
@@ -98,7 +89,7 @@ impl Emulator {
         }
     }
 
-    /// Starts it again after it was killed.
+    /// Starts it again, on the same port, after it was killed: its memory is gone.
     ///
     /// # Errors
     /// If it does not start.

@@ -328,12 +328,14 @@ impl PubSub for SlowRemote {
     }
 
     async fn close(&self, within: Duration) -> Result<Closed> {
-        {
+        let begins = {
             let _nothing_attaches = self.0.attached.lock();
             let remote = self.0.clone();
-            self.0.closing.begin(&Handle::current(), || async move { remote.end(within).await });
+            self.0.closing.begin(&Handle::current(), || async move { remote.end(within).await })
+        };
+        if begins {
+            self.0.status.send_replace(Status::Closed);
         }
-        self.0.status.send_replace(Status::Closed);
         self.0.closing.ended().await
     }
 

@@ -28,19 +28,21 @@ impl<T: Clone + Send + Sync + 'static> Closing<T> {
         self.0.get().is_some()
     }
 
-    /// Closes by `end`, in a task of its own, unless it has begun already. `end` itself is called before this returns.
-    pub fn begin<F: Future<Output = T> + Send + 'static>(&self, runtime: &Handle, end: impl FnOnce() -> F) {
+    /// Closes by `end`, in a task of its own, unless it has begun already; returns whether it begins here. `end` itself is called before
+    /// this returns.
+    pub fn begin<F: Future<Output = T> + Send + 'static>(&self, runtime: &Handle, end: impl FnOnce() -> F) -> bool {
         let (tell, ended) = watch::channel(None);
-        if self.0.set(ended).is_ok() {
+        let begins = self.0.set(ended).is_ok();
+        if begins {
             let ending = end();
             runtime.spawn(async move { tell.send_replace(Some(ending.await)) });
         }
+        begins
     }
 
     /// The same where nothing has to be waited for. It needs no runtime.
-    pub fn at_once(&self, closed: T) {
-        // An error: it has begun already.
-        let _ = self.0.set(watch::Sender::new(Some(closed)).subscribe());
+    pub fn at_once(&self, closed: T) -> bool {
+        self.0.set(watch::Sender::new(Some(closed)).subscribe()).is_ok()
     }
 
     /// Waits until it has ended, and says what it left. Dropping the future stops nothing.
@@ -79,9 +81,8 @@ mod tests {
         let closing = Closing::default();
         assert!(!closing.has_begun() && closing.ended().await.is_err());
         let (go, gate) = tokio::sync::oneshot::channel::<()>();
-        closing.begin(&Handle::current(), || async { gate.await.map_or(0, |()| 1) });
-        closing.begin(&Handle::current(), || async { 2 });
-        closing.at_once(3);
+        assert!(closing.begin(&Handle::current(), || async { gate.await.map_or(0, |()| 1) }));
+        assert!(!closing.begin(&Handle::current(), || async { 2 }) && !closing.at_once(3));
         assert!(closing.has_begun() && closing.ended().now_or_never().is_none());
         go.send(()).unwrap();
         assert_eq!(closing.ended().await.unwrap(), 1);
