@@ -71,8 +71,8 @@ fn test() -> Outcome {
     interop::prepare()?;
     // The examples' tests run the built programs, which `cargo test --all-targets` builds only as tests.
     step::run("build examples", &mut cargo(["build", "--workspace", "--examples"]))?;
-    step::run("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets", "--no-fail-fast"]))?;
-    step::run("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
+    step::run_tests("tests", &mut cargo(["test", "--workspace", "--all-features", "--all-targets", "--no-fail-fast"]))?;
+    step::run_tests("documentation tests", &mut cargo(["test", "--workspace", "--all-features", "--doc"]))
 }
 
 /// Whether `PUBSUB_REQUIRE` names this.

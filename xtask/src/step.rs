@@ -1,6 +1,6 @@
 //! Running one step: say what runs, run it, say how long it took.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,27 @@ pub(crate) fn run(name: &str, command: &mut Command) -> Outcome {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("{name}: {status}")),
         Err(error) => Err(format!("{name}: {}: {error}", shown(command))),
+    })
+}
+
+/// Runs tests as a step, their output passed through; what the failed ones said is said again at the end, where one looks first.
+pub(crate) fn run_tests(name: &str, command: &mut Command) -> Outcome {
+    let wrong = |error: std::io::Error| format!("{name}: {error}");
+    timed(name, &shown(command), || {
+        let mut child = command.stdout(Stdio::piped()).spawn().map_err(wrong)?;
+        let (mut failures, mut is_failure) = (Vec::new(), false);
+        for line in BufReader::new(child.stdout.take().expect("it is piped")).split(b'\n') {
+            let line = String::from_utf8_lossy(&line.map_err(wrong)?).into_owned();
+            println!("{line}");
+            // Every harness tells its failures between these two.
+            is_failure = (is_failure || line == "failures:") && !line.starts_with("test result:");
+            failures.extend(is_failure.then_some(line));
+        }
+        let status = child.wait().map_err(wrong)?;
+        if !failures.is_empty() {
+            println!("\n=== {name}: what failed\n{}", failures.join("\n"));
+        }
+        status.success().then_some(()).ok_or_else(|| format!("{name}: {status}"))
     })
 }
 
