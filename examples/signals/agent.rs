@@ -1,8 +1,10 @@
 //! A process in which a conversation's agent can run, one among several.
 //!
 //! A signal that reaches any of them is told on the conversation's topic, so that all know what is pending. Whoever gets the lease runs
-//! the first, telling what it does under the lease's token. When it is done and the next came from another process, it transfers
-//! the lease there; the key is never free in between. If the owner is gone, its lease runs out, and the others have the signal still.
+//! the first, telling what it does under the lease's token. First it tells that it has the lease, and waits to hear that: then it has heard all
+//! that owners before it were able to tell, such as that the signal is answered. When it is done and the next came from another process, it
+//! transfers the lease there; the key is never free in between. If the owner is gone, its lease runs out, and the others have the signal
+//! still.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,6 +23,9 @@ const TTL: Duration = Duration::from_secs(2);
 
 /// How long an agent waits for a bus that is away.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long it waits to hear of its own lease before it begins anew.
+const HEARD: Duration = Duration::from_secs(10);
 
 /// How many signals that were answered are kept in mind.
 const DONE_KEPT: usize = 1000;
@@ -115,9 +120,10 @@ impl Agent {
     pub(crate) async fn live(&self, mut said: Subscription, mut told: Subscription) -> Result<()> {
         let mut known = Known::default();
         let mut runs = FuturesUnordered::new(); // one at most
+        let mut acquired: Option<LeaseGuard> = None; // and not heard of yet
         let mut again = Instant::now();
         loop {
-            let mut look = false;
+            let (mut look, mut held) = (false, None);
             tokio::select! {
                 Some(message) = said.next() => {
                     let message = message?;
@@ -128,28 +134,47 @@ impl Agent {
                         None => message.retry(),
                     };
                 }
-                Some(told) = told.next() => look = known.take(&*told?.data::<Told>()?),
+                Some(message) = told.next() => {
+                    let message = message?;
+                    let told = message.data::<Told>()?;
+                    look = known.take(&told);
+                    let is_own = |guard: &LeaseGuard| told.source_id == self.name && told.token == guard.token();
+                    if told.kind == "lease-acquired" && acquired.as_ref().is_some_and(is_own) {
+                        held = acquired.take();
+                        look = true;
+                    }
+                }
                 Some(ended) = runs.next() => {
                     // None: the lease was lost. Whoever has it now answers the signal anew.
-                    if let Some((guard, signal)) = present(ended)?.flatten()
-                        && let Some((guard, signal)) = present(self.go_on(&mut known, guard, signal).await)?.flatten()
-                    {
-                        runs.push(self.run(guard, signal));
+                    if let Some((guard, signal)) = present(ended)?.flatten() {
+                        held = present(self.go_on(&mut known, guard, signal).await)?.flatten();
                     }
                     look = true;
                 }
-                () = sleep_until(again), if !known.pending.is_empty() && runs.is_empty() => look = true,
+                () = sleep_until(again), if !known.pending.is_empty() && runs.is_empty() => {
+                    acquired = None;
+                    look = true;
+                }
                 else => return Ok(()),
             }
-            if look
-                && runs.is_empty()
-                && let Some((signal, _)) = known.pending.front()
-            {
-                match present(LeaseGuard::acquire(self.leases.clone(), &self.key, &self.name, TTL).await)? {
-                    Some(Ok(guard)) => runs.push(self.run(guard, signal.clone())),
-                    Some(Err(other)) => again = Instant::now() + other.remaining,
-                    None => again = Instant::now() + PAUSE,
+            if !look || !runs.is_empty() || acquired.is_some() {
+                continue;
+            }
+            let Some((signal, _)) = known.pending.front() else { continue };
+            if let Some(guard) = held {
+                runs.push(self.run(guard, signal.clone()));
+                continue;
+            }
+            again = Instant::now() + PAUSE;
+            match present(LeaseGuard::acquire(self.leases.clone(), &self.key, &self.name, TTL).await)? {
+                Some(Ok(guard)) => {
+                    let told = Told { kind: "lease-acquired".into(), token: guard.token(), ..Told::default() };
+                    if present(self.tell(told).await)?.is_some() {
+                        (acquired, again) = (Some(guard), Instant::now() + HEARD);
+                    }
                 }
+                Some(Err(other)) => again = Instant::now() + other.remaining,
+                None => {}
             }
         }
     }
@@ -177,14 +202,14 @@ impl Agent {
     }
 
     /// Tells that a signal is answered. The lease goes to whom the next one reached; if that is here, it is kept.
-    async fn go_on(&self, known: &mut Known, guard: LeaseGuard, signal: Signal) -> Result<Option<(LeaseGuard, Signal)>> {
+    async fn go_on(&self, known: &mut Known, guard: LeaseGuard, signal: Signal) -> Result<Option<LeaseGuard>> {
         let next = known.pending.iter().find(|(pending, _)| pending.id != signal.id).cloned();
         let completed =
             Told { kind: "run-completed".into(), token: guard.token(), signal: Some(signal.clone()), ..Told::default() };
         let kept = match next {
-            Some((next, source)) if source == self.name => {
+            Some((_, source)) if source == self.name => {
                 self.tell(completed).await?;
-                Some((guard, next))
+                Some(guard)
             }
             Some((_, source)) => {
                 // First the lease, then the word: who hears it finds the lease to be its own.
