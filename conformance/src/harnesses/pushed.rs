@@ -1,7 +1,7 @@
 //! Pushes over HTTP as a harness: every subscription of another harness's bus is pushed to a URL and taken in behind it, and what the
 //! consumer decides travels back as the answer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::Future;
 use std::pin::pin;
@@ -141,7 +141,7 @@ impl PubSub for PushedBus {
             stopped: AtomicBool::new(false),
             pusher: AtomicWaker::new(),
             consumer: AtomicWaker::new(),
-            receipts: Mutex::default(),
+            outcomes: Mutex::default(),
         });
         let held = Tap { shared: shared.clone(), deliveries: Mutex::default(), numbers: AtomicU64::new(0) };
         let (below, control) = (subscription.options().clone(), Arc::new(Handle(shared.clone())));
@@ -222,6 +222,10 @@ async fn consume(hand: mpsc::UnboundedSender<Arrival>, pushed: Pushed) -> Result
 /// One hand-over: an event and which attempt it is.
 type Key = (EventId, u32);
 
+fn key(delivery: &Delivery) -> Key {
+    (delivery.event().id().clone(), delivery.attempt())
+}
+
 /// What both ends of a subscription share.
 struct Shared {
     below: SubscriptionHandle,
@@ -232,8 +236,16 @@ struct Shared {
     stopped: AtomicBool,
     pusher: AtomicWaker,
     consumer: AtomicWaker,
-    /// Who waits to hear what a settlement came to below, by event and attempt.
-    receipts: Mutex<HashMap<Key, oneshot::Sender<Settled>>>,
+    outcomes: Mutex<Outcomes>,
+}
+
+/// What settlements come to below, by event and attempt.
+#[derive(Default)]
+struct Outcomes {
+    /// Who waits to hear it.
+    waiting: HashMap<Key, oneshot::Sender<Settled>>,
+    /// What was lost below: the pusher hangs up, and a decision that crosses with that reaches nobody.
+    lost: HashSet<Key>,
 }
 
 impl Shared {
@@ -248,6 +260,20 @@ impl Shared {
     fn wants(&self) -> bool {
         let asked = self.asked.load(Ordering::SeqCst) && self.travelling.load(Ordering::SeqCst) == NOTHING;
         asked || self.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Where to hear what a settlement came to; none if it is too late for any.
+    fn outcome(&self, key: Key) -> Option<Receipt> {
+        let mut outcomes = self.outcomes.lock();
+        let (tell, told) = Receipt::pending();
+        (!outcomes.lost.contains(&key)).then(|| outcomes.waiting.insert(key, tell)).map(|_| told)
+    }
+
+    fn lose(&self, key: Key) {
+        let mut outcomes = self.outcomes.lock();
+        let waiting = outcomes.waiting.remove(&key);
+        outcomes.lost.insert(key);
+        let _ = waiting.map(|waiting| waiting.send(Settled::TooLate)); // nobody may want to know
     }
 
     fn arrived(&self) {
@@ -295,12 +321,12 @@ impl Tap {
 impl Settler for Tap {
     fn settle(&self, number: u64, settlement: Settlement) -> Receipt {
         let Some(delivery) = self.deliveries.lock().remove(&number) else { return Receipt::ready(Settled::TooLate) };
-        let key = (delivery.event().id().clone(), delivery.attempt());
+        let key = key(&delivery);
         let receipt = delivery.settle(settlement);
         if self.shared.travelling.load(Ordering::SeqCst) == number {
             self.shared.arrived(); // back
         }
-        let Some(waiting) = self.shared.receipts.lock().remove(&key) else { return receipt };
+        let Some(waiting) = self.shared.outcomes.lock().waiting.remove(&key) else { return receipt };
         if let Some(settled) = receipt.now() {
             let _ = waiting.send(settled); // nobody may want to know
             return receipt;
@@ -318,10 +344,11 @@ impl Settler for Tap {
     }
 
     fn poll_revoked(&self, number: u64, cx: &mut Context<'_>) -> Poll<()> {
-        match self.deliveries.lock().get(&number) {
-            Some(delivery) => pin!(delivery.revoked()).poll(cx),
-            None => Poll::Ready(()),
-        }
+        let deliveries = self.deliveries.lock();
+        let Some(delivery) = deliveries.get(&number) else { return Poll::Ready(()) };
+        ready!(pin!(delivery.revoked()).poll(cx));
+        self.shared.lose(key(delivery));
+        Poll::Ready(())
     }
 }
 
@@ -330,7 +357,7 @@ struct Arrivals {
     handed: mpsc::UnboundedReceiver<Arrival>,
     decisions: Arc<Decisions>,
     /// What is settled by being handed over, until it is settled below.
-    settling: Option<(Pushed, oneshot::Receiver<Settled>)>,
+    settling: Option<(Pushed, Receipt)>,
 }
 
 /// Where a consumer's decisions go.
@@ -352,7 +379,7 @@ impl Source for Arrivals {
                 let settled = ready!(settled.poll_unpin(cx));
                 let delivery = Delivery::settled(pushed.event().clone(), pushed.attempt());
                 self.settling = None;
-                if settled != Ok(Settled::TooLate) {
+                if settled != Settled::TooLate {
                     return Poll::Ready(Some(Ok(delivery)));
                 }
             }
@@ -364,13 +391,10 @@ impl Source for Arrivals {
                     }
                     shared.arrived();
                     if mode == AckMode::Auto {
-                        let key = (pushed.event().id().clone(), pushed.attempt());
-                        let (tell, settled) = oneshot::channel();
-                        shared.receipts.lock().insert(key.clone(), tell);
+                        let settled = shared.outcome((pushed.event().id().clone(), pushed.attempt()));
+                        // What was lost goes to another.
                         if decide.send(Settlement::Done).is_ok() {
-                            self.settling = Some((pushed, settled));
-                        } else {
-                            shared.receipts.lock().remove(&key); // it was lost, and goes to another
+                            self.settling = settled.map(|settled| (pushed, settled));
                         }
                         continue;
                     }
@@ -398,14 +422,11 @@ impl Drop for Arrivals {
 impl Settler for Decisions {
     fn settle(&self, number: u64, settlement: Settlement) -> Receipt {
         let Some((key, decide)) = self.open.lock().remove(&number) else { return Receipt::ready(Settled::TooLate) };
-        let (tell, receipt) = Receipt::pending();
-        self.shared.receipts.lock().insert(key.clone(), tell);
+        let Some(outcome) = self.shared.outcome(key) else { return Receipt::ready(Settled::TooLate) };
         if decide.send(settlement).is_err() {
-            // The sender has hung up: the delivery was lost.
-            self.shared.receipts.lock().remove(&key);
-            return Receipt::ready(Settled::TooLate);
+            return Receipt::ready(Settled::TooLate); // the pusher has hung up
         }
-        receipt
+        outcome
     }
 
     fn extend(&self, _: u64) -> Receipt {
