@@ -14,8 +14,9 @@ use tokio::time::Instant;
 use crate::RedisBuilder;
 use crate::entry::EntryId;
 use crate::errors::Fault;
+use crate::lane::Call;
 use crate::link::{Cmd, Link, Script};
-use crate::publish::{Call, millis};
+use crate::publish::millis;
 use crate::reply;
 
 /// How many calls for one stream are on their way.

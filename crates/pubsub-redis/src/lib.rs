@@ -113,6 +113,7 @@ mod follower;
 mod groups;
 mod keeper;
 mod keys;
+mod lane;
 mod leases;
 mod link;
 mod look;
@@ -128,6 +129,7 @@ mod settle;
 mod told;
 mod tracking;
 mod window;
+mod writer;
 
 pub use builder::RedisBuilder;
 #[cfg(feature = "cache")]
