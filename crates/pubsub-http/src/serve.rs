@@ -162,7 +162,8 @@ pub async fn serve(listener: TcpListener, router: Router, options: ServeOptions,
 fn set_up(stream: &TcpStream, stall_timeout: Duration) {
     let _ = stream.set_nodelay(true); // slower without, and no less right
     let socket = SockRef::from(stream);
-    let keepalive = TcpKeepalive::new().with_time(stall_timeout.max(Duration::from_secs(1)));
+    let seconds = stall_timeout.max(Duration::from_secs(1)); // whole ones, as it takes them
+    let keepalive = TcpKeepalive::new().with_time(seconds).with_interval(seconds);
     let _ = socket.set_tcp_keepalive(&keepalive);
     #[cfg(target_os = "linux")]
     let _ = socket.set_tcp_user_timeout(Some(stall_timeout));

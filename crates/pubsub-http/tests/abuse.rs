@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const PATH: &str = "/t/events";
-const FOLLOW: &[u8] = b"GET /t/events HTTP/1.1\r\nhost: x\r\n\r\n";
+const FOLLOW: &str = "GET /t/events HTTP/1.1\r\nhost: x\r\n\r\n";
 
 fn tasks() -> usize {
     tokio::runtime::Handle::current().metrics().num_alive_tasks()
@@ -72,7 +72,7 @@ async fn those_who_read_nothing_are_cut_off_and_slow_nobody() {
     let mut stalled = Vec::new();
     for _ in 0..20 {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
-        stream.write_all(FOLLOW).await.unwrap();
+        stream.write_all(FOLLOW.as_bytes()).await.unwrap();
         stalled.push(stream);
     }
     eventually("they are in", async || followers(&bus, "t").await == 20).await;
@@ -148,7 +148,7 @@ async fn more_connections_than_allowed_are_told_so() {
     eventually("a place is free", async || followers(&bus, "t").await == 9).await;
     eventually("the next is served", async || {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
-        let _ = stream.write_all(FOLLOW).await; // refused, it may be closed already
+        let _ = stream.write_all(FOLLOW.as_bytes()).await; // refused, it may be closed already
         let mut first = [0; 12];
         stream.read_exact(&mut first).await.is_ok() && &first == b"HTTP/1.1 200"
     })
@@ -212,6 +212,38 @@ async fn clients_that_vanish_leave_nothing() {
         drop(streams);
     }
     a_good_client_is_served(&server, &bus).await;
+    server.stop().await;
+    nothing_left(&bus, before).await;
+}
+
+/// A host that is gone says nothing, not even that: whatever is sent to its socket is dropped before TCP sees it.
+#[cfg(target_os = "linux")]
+fn cut_the_cable(stream: &TcpStream) {
+    const RETURN: u16 = 6; // BPF_RET | BPF_K: so many bytes are kept
+    socket2::SockRef::from(stream).attach_filter(&[socket2::SockFilter::new(RETURN, 0, 0, 0)]).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_whose_hosts_are_gone_are_given_up() {
+    let bus = bare();
+    let before = tasks();
+    let options = ServeOptions::new().stall_timeout(Duration::from_millis(500));
+    let server = Server::start_with(http(&bus).build().unwrap(), options).await;
+    // Those of one topic are sent what is published; to the others nothing is said.
+    let mut gone = Vec::new();
+    for topic in ["t", "silent"].into_iter().cycle().take(10) {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(FOLLOW.replacen("/t/", &format!("/{topic}/"), 1).as_bytes()).await.unwrap();
+        soon("the head", stream.read_exact(&mut [0; 100])).await.unwrap();
+        gone.push(stream);
+    }
+    assert_eq!((followers(&bus, "t").await, followers(&bus, "silent").await), (5, 5));
+    gone.iter().for_each(cut_the_cable);
+    a_good_client_is_served(&server, &bus).await;
+    let left = async || followers(&bus, "t").await + followers(&bus, "silent").await;
+    eventually("they are given up", async || left().await == 0).await;
+    drop(gone);
     server.stop().await;
     nothing_left(&bus, before).await;
 }
