@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
@@ -261,4 +262,36 @@ async fn two_processes_share_the_work() {
     billed.sort_unstable();
     billed.dedup();
     assert_eq!(billed.len(), 20, "{}{}", one.stdout, other.stdout);
+}
+
+#[tokio::test]
+async fn notes_are_published_and_followed_as_the_readme_says() {
+    let mut command = Command::new(example("notes"));
+    command.args(["memory:?replay=memory", "127.0.0.1:0"]).kill_on_drop(true).stdout(Stdio::piped());
+    let mut server = command.spawn().expect("it starts");
+    let mut said = BufReader::new(server.stdout.take().expect("it is piped")).lines();
+    let line = timeout(AT_MOST, said.next_line()).await.expect("it says where it is").unwrap().unwrap();
+    let address = line.strip_prefix("open http://").and_then(|line| line.strip_suffix('/')).expect("its address").to_owned();
+    let ask = async |request: String, until: &str| {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let (mut buffer, mut answer) = ([0; 4096], String::new());
+        while !answer.contains(until) {
+            let read = timeout(AT_MOST, stream.read(&mut buffer)).await.expect("it answers").unwrap();
+            assert!(read > 0, "{answer}");
+            answer += &String::from_utf8_lossy(&buffer[..read]);
+        }
+        answer
+    };
+    let note = r#"{"type": "note", "data": "still here"}"#;
+    let head =
+        format!("host: x\r\ncontent-type: application/json\r\nidempotency-key: 1\r\ncontent-length: {}\r\n\r\n", note.len());
+    for _ in 0..2 {
+        let answer = ask(format!("POST /bus/notes/events HTTP/1.1\r\n{head}{note}"), "}]}").await;
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(r#""id":"1""#), "{answer}");
+    }
+    let stream = ask("GET /bus/notes/events?start=earliest HTTP/1.1\r\nhost: x\r\n\r\n".into(), "}\n\n").await;
+    assert!(stream.starts_with("HTTP/1.1 200 ") && stream.matches("still here").count() == 1, "{stream}");
+    let refused = ask("GET /bus/others/events HTTP/1.1\r\nhost: x\r\n\r\n".into(), "}").await;
+    assert!(refused.starts_with("HTTP/1.1 403 "), "{refused}");
 }

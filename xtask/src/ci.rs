@@ -42,7 +42,7 @@ pub(crate) fn run_all() -> Outcome {
 fn examples() -> Outcome {
     run("build examples", &mut cargo(["build", "--examples"]))?;
     // Those work until they are stopped; the tests of the examples run them, and stop them.
-    for name in names()?.iter().filter(|name| !["two_processes", "live_page"].contains(&name.as_str())) {
+    for name in names()?.iter().filter(|name| !["two_processes", "notes", "live_page"].contains(&name.as_str())) {
         example(name, None, 0)?;
     }
     example("quickstart", Some(LINES), 0)?;

@@ -10,9 +10,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use pubsub_core::machinery::contain_async;
-use pubsub_core::{Event, Failure, Result, Timestamp};
+use pubsub_core::{Event, EventId, Failure, Payload, Result, Timestamp};
 use tokio::sync::Semaphore;
 
 use crate::access::{Access, Action, Authorize, nobody};
@@ -33,7 +33,16 @@ pub enum Form {
     /// What a push subscription of Google Cloud Pub/Sub sends. Data that is not an event in its JSON form becomes one, of the type
     /// `google.pubsub.message`.
     GooglePubSub,
+    /// Any JSON, as other services post it: it becomes the data of an event of the type `webhook`, whose id is that of the header
+    /// `webhook-id` (of the [Standard Webhooks](https://www.standardwebhooks.com)) or `idempotency-key`, or else a random one.
+    Json,
 }
+
+/// The type of an event made of any JSON.
+const WEBHOOK: &str = "webhook";
+
+/// Who names what it posts does so in one of these.
+const WEBHOOK_IDS: [&str; 2] = ["webhook-id", "idempotency-key"];
 
 /// One event that was pushed.
 #[derive(Debug, Clone)]
@@ -175,8 +184,9 @@ impl Intake {
     /// The route, to be nested at any path.
     ///
     /// The handler runs for each event, for those of an array one after another. `Ok` is answered 204. An error, a panic or a time-out is
-    /// answered so that the sender retries, or does what the [`Failure`] says; of an array, the first failure is that of the whole. A
-    /// handler is cancelled when its sender hangs up, and may see an event again: handle by id.
+    /// answered so that the sender retries, or does what the [`Failure`] says, which any error becomes by `?` and which
+    /// [`Failure::retry`] and its like make of a text; of an array, the first failure is that of the whole, and those behind it are not
+    /// handled. A handler is cancelled when its sender hangs up, and may see an event again: handle by id.
     ///
     /// # Errors
     /// `InvalidOption` naming the option.
@@ -249,7 +259,7 @@ impl Shared {
             let refuse = |why: crate::signature::Refused| Refusal::new(StatusCode::UNAUTHORIZED, why.to_string());
             guard.admit(signature, &body, now).map_err(refuse)?;
         }
-        for pushed in self.read(&body)? {
+        for pushed in self.read(&parts.headers, &body)? {
             if let Err(failure) = self.run(pushed).await {
                 return Ok(Err(failure));
             }
@@ -257,7 +267,7 @@ impl Shared {
         Ok(Ok(()))
     }
 
-    fn read(&self, body: &Bytes) -> Result<Vec<Pushed>, Refusal> {
+    fn read(&self, headers: &HeaderMap, body: &Bytes) -> Result<Vec<Pushed>, Refusal> {
         match self.form {
             Form::Events => {
                 let pushed = |decoded: pubsub_core::wire::Decoded| Pushed {
@@ -270,6 +280,12 @@ impl Shared {
             Form::GooglePubSub => {
                 let envelope::Opened { event, attempt, subscription } = envelope::open(body)?;
                 Ok(vec![Pushed { event: Arc::new(event), attempt, subscription }])
+            }
+            Form::Json => {
+                let named = WEBHOOK_IDS.iter().find_map(|name| headers.get(*name)?.to_str().ok());
+                let id = named.map_or_else(|| Ok(EventId::random()), EventId::new)?;
+                let event = Event::stamped(id, WEBHOOK, Timestamp::now()).with_payload(Payload::json(body.clone())?);
+                Ok(vec![Pushed { event: Arc::new(event), attempt: 1, subscription: None }])
             }
         }
     }

@@ -32,11 +32,15 @@
 //! | `POST /{topic}/events` | publishes one event or an array of events, in the [JSON form](pubsub_core::wire) of which only `type` is needed |
 //! | `GET /health` | status, since when, streams, and the backlog of [chosen topics](HttpBuilder::backlog_of); 200 if connected, else 503 |
 //!
-//! A topic with a `/` in its name is written with `%2F`. Topics are not listed anywhere.
+//! A topic with a `/` in its name is written with `%2F`. Topics are not listed anywhere. Other parameters of a stream are left to the
+//! authorisation and to what stands in between: an `EventSource` cannot send headers. The answer of `/health` is `{"status", "since",
+//! "streams", "backlog"?}`, the last of them `{TOPIC: {GROUP: {"waiting", "held", "oldestMillis", "members"}}}`, where null is not known.
 //!
 //! # Streams
 //!
-//! - **An event** is an unnamed message, whose data is the event's JSON form and whose id is its [cursor](pubsub_core::Cursor).
+//! - **An event** is an unnamed message, whose data is the event's JSON form and whose id is its [cursor](pubsub_core::Cursor). Other ids
+//!   say that the stream began before the topic's first event, that nothing is retained, or (`+` behind one) that the event itself is
+//!   not, as one published `local_only`. An id is given back as it came. One that cannot be read is of `otherBus`.
 //! - **A client that lost its connection** gives the last id back (`Last-Event-ID`; a browser's `EventSource` does so by itself) and goes
 //!   on right behind it. A stream tells where it begins before its first event, so that nothing is missed even then.
 //! - **`gap`** is an event of that name: `{"reason", "missed"?}`. Events are missing, because they were `trimmed` away, the position is
@@ -53,13 +57,14 @@
 //!
 //! An event that bears an `id` is published as that; one without takes the header `Idempotency-Key`, with `.0`, `.1` and so on behind it
 //! for those of an array. Publishing the same again is the same event wherever the bus recognises it
-//! ([`Deduplication`](pubsub_core::Deduplication)). The answer is `{"events":[{"id","cursor"?}]}`, or a problem (RFC 9457) with the
+//! ([`Deduplication`](pubsub_core::Deduplication)); so is another event under the same id, which is then not kept. The answer is `{"events":[{"id","cursor"?}]}`, or a problem (RFC 9457) with the
 //! `fates` of the events: `published`, `notSent` or `unknown`.
 //!
 //! # Pushing and taking in
 //!
 //! A [`Push`] delivers a subscription to a URL; an [`Intake`] is what stands behind one. They fit each other, and each fits others: a push
-//! can go to any URL, the `POST /{topic}/events` of another bus among them, and an intake takes what Google Cloud Pub/Sub pushes.
+//! can go to any URL, the `POST /{topic}/events` of another bus among them, and an intake takes what Google Cloud Pub/Sub pushes, or
+//! [any JSON](Form::Json).
 //!
 //! ```
 //! use pubsub_core::{Bus, Event};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -89,7 +89,7 @@ impl ServeOptions {
         self
     }
 
-    /// Sets how long requests may go on once serving is to stop (5 s). Then they are cut off, as streams are.
+    /// Sets how long requests may go on once serving is to stop (5 s). Then they are cut off. Streams end at once.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
@@ -107,7 +107,18 @@ impl ServeOptions {
     }
 }
 
-/// Serves a router over HTTP/1.1 until `stop` resolves and the grace has passed.
+/// In a request: when serving is to stop, streams end, since their clients come again.
+#[derive(Clone)]
+pub(crate) struct Stopping(watch::Receiver<()>);
+
+impl Stopping {
+    pub(crate) async fn wait(mut self) {
+        let _ = self.0.changed().await; // nothing is ever sent: it ends with its sender
+    }
+}
+
+/// Serves a router over HTTP/1.1 until `stop` resolves and the grace has passed. Streams end at once when it resolves, and their clients
+/// resume at the next server; other requests have the grace.
 ///
 /// Any server can serve the router; this one bounds what a client can take: connections, headers and their time, and above all the time
 /// in which it takes nothing of a stream. A server without that last bound keeps the subscription of a client that has stalled until TCP
@@ -121,6 +132,7 @@ pub async fn serve(listener: TcpListener, router: Router, options: ServeOptions,
     options.validate().map_err(|error| error.during("serve"))?;
     let room = Arc::new(Semaphore::new(options.max_connections));
     let (stopping, stopped) = watch::channel(());
+    let router = router.layer(Extension(Stopping(stopped.clone())));
     let mut connections = JoinSet::new();
     let mut stop = pin!(stop);
     loop {

@@ -9,8 +9,8 @@ pub(crate) const HEARTBEAT: &[u8] = b":\n\n";
 
 /// An event: what `onmessage` gets.
 pub(crate) fn message(out: &mut BytesMut, id: Option<impl Display>, json: &[u8]) {
-    if let Some(id) = id {
-        write_id(out, id);
+    if let Some(place) = id {
+        self::id(out, place);
     }
     data(out, json);
     out.put_u8(b'\n');
@@ -29,13 +29,14 @@ pub(crate) fn notice(out: &mut BytesMut, name: &str, json: &[u8]) {
 /// the first event gives back. An id without data is remembered and calls nobody.
 pub(crate) fn opening(out: &mut BytesMut, reconnect_millis: u128, id: Option<impl Display>) {
     let _ = writeln!(out, "retry: {reconnect_millis}"); // a buffer that grows refuses nothing
-    if let Some(id) = id {
-        write_id(out, id);
+    if let Some(place) = id {
+        self::id(out, place);
     }
     out.put_u8(b'\n');
 }
 
-fn write_id(out: &mut BytesMut, id: impl Display) {
+/// The line of an event or notice that says where it stands. It comes first.
+pub(crate) fn id(out: &mut BytesMut, id: impl Display) {
     let _ = writeln!(out, "id: {id}"); // a buffer that grows refuses nothing
 }
 

@@ -28,6 +28,7 @@ use crate::access::Action;
 use crate::builder::Shared;
 use crate::refusal::Refusal;
 use crate::room::Seat;
+use crate::serve::Stopping;
 use crate::sse;
 
 /// What a reconnecting `EventSource` sends.
@@ -38,6 +39,9 @@ const BEGINNING: &str = "earliest";
 
 /// The id of a stream on a bus that retains nothing: whoever gives it back has missed what there was meanwhile.
 const LIVE: &str = "live";
+
+/// Behind an id: what came after it has no place that one could come back to, so that what came while nobody listened is missed.
+const PLACELESS: char = '+';
 
 /// How many bytes of events are written together at most, but for the last of them.
 const FRAME: usize = 16 << 10;
@@ -59,7 +63,8 @@ async fn try_follow(shared: &Arc<Shared>, topic: &str, request: Request) -> Resu
     let permit = shared.streams.clone().try_acquire_owned();
     let permit = permit.map_err(|_| Refusal::busy("too many streams are open"))?;
     let opened = shared.in_time("subscribing", Opened::open(&shared.bus, &topic, from, shared.limits.prefetch)).await??;
-    let body = Body::new(Events::new(shared, topic, opened, permit));
+    let stopping = parts.extensions.get().cloned();
+    let body = Body::new(Events::new(shared, topic, opened, permit, stopping));
     let headers = [
         (CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
         (CACHE_CONTROL, HeaderValue::from_static("no-store")),
@@ -73,6 +78,8 @@ async fn try_follow(shared: &Arc<Shared>, topic: &str, request: Request) -> Resu
 #[derive(Debug, PartialEq, Eq)]
 enum From {
     Start(Start),
+    /// The client was here, and then got events that have no place. What of those it missed is gone.
+    Behind(Start),
     /// The client was here before, and where it was cannot be found.
     Lost(&'static str),
 }
@@ -105,6 +112,12 @@ impl From {
     }
 
     fn remembered(id: &str) -> Self {
+        if let Some(id) = id.strip_suffix(PLACELESS) {
+            return match Self::remembered(id) {
+                Self::Start(start) => Self::Behind(start),
+                lost => lost,
+            };
+        }
         match id.parse::<Cursor>() {
             Ok(cursor) => Self::Start(Start::After(cursor)),
             Err(_) if id == BEGINNING => Self::Start(Start::Earliest),
@@ -154,7 +167,12 @@ impl Opened {
                 }
                 Ok(opened(subscribe(Start::Latest).await?, None, None))
             }
-            From::Start(Start::After(_)) if !retains => anew(json!({"reason": "notRetained"})).await,
+            From::Behind(start) => {
+                let mut opened = Box::pin(Self::open(bus, topic, From::Start(start), prefetch)).await?;
+                opened.gap.get_or_insert_with(not_retained);
+                Ok(opened)
+            }
+            From::Start(Start::After(_)) if !retains => anew(not_retained()).await,
             From::Start(start) => {
                 let behind = if let Start::After(cursor) = &start { Some(cursor.clone()) } else { None };
                 let id = behind.as_ref().map_or(BEGINNING.to_owned(), Cursor::to_string);
@@ -170,6 +188,10 @@ impl Opened {
             From::Lost(why) => anew(json!({"reason": why})).await,
         }
     }
+}
+
+fn not_retained() -> Value {
+    json!({"reason": "notRetained"})
 }
 
 fn told(gap: &Gap) -> Value {
@@ -192,6 +214,8 @@ struct Events {
     out: BytesMut,
     /// Behind the last event that was written.
     behind: Option<Cursor>,
+    /// Where the stream began, if that can be come back to.
+    began: Option<String>,
     heartbeat: Duration,
     ends_at: Instant,
     clock: Pin<Box<Sleep>>,
@@ -200,15 +224,22 @@ struct Events {
     /// Whether the topic was cleared while nothing happened on it.
     check: Option<BoxFuture<'static, bool>>,
     ended: bool,
+    stopping: Option<BoxFuture<'static, ()>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Events {
-    fn new(shared: &Arc<Shared>, topic: Topic, opened: Opened, permit: OwnedSemaphorePermit) -> Self {
+    fn new(
+        shared: &Arc<Shared>,
+        topic: Topic,
+        opened: Opened,
+        permit: OwnedSemaphorePermit,
+        stopping: Option<Stopping>,
+    ) -> Self {
         let Opened { subscription, id, behind, gap } = opened;
         let limits = &shared.limits;
         let mut out = BytesMut::new();
-        sse::opening(&mut out, limits.reconnect_after.as_millis(), id);
+        sse::opening(&mut out, limits.reconnect_after.as_millis(), id.as_ref());
         if let Some(gap) = gap {
             sse::notice(&mut out, "gap", gap.to_string().as_bytes());
         }
@@ -220,12 +251,14 @@ impl Events {
             bus: shared.bus.clone(),
             out,
             behind,
+            began: id.filter(|id| id != LIVE),
             heartbeat: limits.heartbeat,
             ends_at,
             clock: Box::pin(tokio::time::sleep_until(ends_at.min(now + limits.heartbeat))),
             spoke: true,
             check: None,
             ended: false,
+            stopping: stopping.map(|stopping| stopping.wait().boxed()),
             _permit: permit,
         }
     }
@@ -242,10 +275,19 @@ impl Events {
             let gap = json!({"reason": "lagged", "missed": delivery.lagged()});
             sse::notice(&mut self.out, "gap", gap.to_string().as_bytes());
         }
+        let before = self.out.len();
+        if cursor.is_none()
+            && let Some(place) = self.behind.as_ref().map(Cursor::to_string).or_else(|| self.began.clone())
+        {
+            sse::id(&mut self.out, format_args!("{place}{PLACELESS}"));
+        }
         match self.seat.room().write(delivery, cursor.as_ref(), &mut self.out) {
             Ok(()) => self.behind = cursor.or(self.behind.take()),
             // A live value was published to the instance's own subscribers, of which its client is none.
-            Err(error) => tracing::debug!(%error, event = %delivery.event().id(), "an event cannot leave the process"),
+            Err(error) => {
+                self.out.truncate(before);
+                tracing::debug!(%error, event = %delivery.event().id(), "an event cannot leave the process");
+            }
         }
         ControlFlow::Continue(())
     }
@@ -321,6 +363,7 @@ impl http_body::Body for Events {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
         this.fill(cx);
+        this.ended |= this.stopping.as_mut().is_some_and(|stopping| stopping.poll_unpin(cx).is_ready());
         // However busy it is, it ends in time.
         if !this.out.is_empty() {
             this.ended |= Instant::now() >= this.ends_at;
@@ -357,6 +400,9 @@ mod tests {
         assert_eq!(asked("start=earliest", Some("b.g.2.0")), Ok(From::Start(cursor("b.g.2.0"))));
         assert_eq!(asked("", Some("earliest")), Ok(From::Start(Start::Earliest)));
         assert_eq!(asked("", Some("live")), Ok(From::Lost("notRetained")));
+        assert_eq!(asked("", Some("b.g.2.0+")), Ok(From::Behind(cursor("b.g.2.0"))));
+        assert_eq!(asked("", Some("earliest+")), Ok(From::Behind(Start::Earliest)));
+        assert_eq!(asked("", Some("+")), Ok(From::Lost("otherBus")));
         assert_eq!(asked("", Some("what?")), Ok(From::Lost("otherBus")));
         for bad in ["start=x", "after=x", "start=1&after=b.g.1.0", "start=-1", "start="] {
             assert_eq!(asked(bad, None), Err(400), "{bad}");

@@ -163,3 +163,27 @@ async fn options_are_refused_by_name() {
     }
     assert!(Secret::new("short").is_err());
 }
+
+#[tokio::test]
+async fn any_json_becomes_an_event() {
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let handler = move |pushed: Pushed| futures::future::ready(told.send(pushed).map_err(|_| Failure::retry("nobody listens")));
+    let router = Intake::new(Form::Json).authorize(anybody).handle(handler).unwrap();
+    let server = Server::start(router).await;
+    for (header, body, id) in [
+        ("webhook-id: msg_1\r\n", r#"{"order": 7}"#, Some("msg_1")),
+        ("idempotency-key: k\r\n", "[1, 2]", Some("k")),
+        ("", r#"{"type": "a", "id": "own"}"#, None),
+    ] {
+        let answer = server.post("/", &format!("content-type: application/json\r\n{header}"), body).await;
+        assert_eq!(answer.status, 204, "{answer:?}");
+        let pushed = heard.recv().await.unwrap();
+        let data = pushed.event().data::<serde_json::Value>().unwrap().into_owned();
+        assert_eq!((pushed.event().event_type(), data), ("webhook", serde_json::from_str(body).unwrap()));
+        let named = pushed.event().id().to_string();
+        assert!(id.map_or(named.len() == 36, |id| id == named), "{named}");
+    }
+    for (header, body) in [("", "{"), ("", ""), ("webhook-id: \r\n", "{}")] {
+        assert_eq!(server.post("/", &format!("content-type: application/json\r\n{header}"), body).await.status, 400);
+    }
+}

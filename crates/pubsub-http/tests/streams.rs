@@ -5,8 +5,9 @@ mod common;
 use std::time::Duration;
 
 use common::*;
+use futures::StreamExt;
 use pubsub_cache::InMemoryServerCache;
-use pubsub_core::{Bus, Event};
+use pubsub_core::{Bus, Event, PublishOptions, SubscribeOptions};
 use pubsub_http::ServeOptions;
 use serde_json::json;
 
@@ -249,4 +250,70 @@ async fn stopping_the_server_ends_streams_and_leaves_nothing() {
     assert_eq!(followers(&bus, "t").await, 0);
     let left = async || tokio::runtime::Handle::current().metrics().num_alive_tasks() <= before;
     eventually("no task is left", left).await;
+}
+
+#[tokio::test]
+async fn what_has_no_place_is_told_as_missed_to_who_was_away() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let placeless = async |kind: &str| {
+        let here = PublishOptions::local_only();
+        bus.publish_with("t", &[Event::new(kind).into()], here).await.unwrap();
+    };
+    let mut stream = server.follow("/t/events?start=earliest", None).await;
+    stream.opened().await;
+    placeless("a").await;
+    assert_eq!(stream.kinds(1).await, ["a"]);
+    placeless("b").await; // and it is away
+    let mut resumed = server.follow(PATH, stream.last.as_deref()).await;
+    assert_eq!(resumed.next().await.unwrap().json(), json!({"reason": "notRetained"}));
+    publish(&bus, "t", 0..2).await;
+    placeless("c").await;
+    assert_eq!(resumed.kinds(3).await, ["0", "1", "c"]);
+    publish(&bus, "t", 2..3).await;
+    let mut again = server.follow(PATH, resumed.last.as_deref()).await;
+    assert_eq!(again.next().await.unwrap().json(), json!({"reason": "notRetained"}));
+    assert_eq!(again.kinds(1).await, ["2"], "what has a place comes once");
+    // Behind an event that has a place nothing is missed.
+    assert_eq!(resumed.kinds(1).await, ["2"]);
+    publish(&bus, "t", 3..4).await;
+    assert_eq!(server.follow(PATH, resumed.last.as_deref()).await.kinds(1).await, ["3"]);
+}
+
+#[tokio::test]
+async fn dead_letters_that_are_not_retained_are_told_as_missed() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    let keeper = bus.subscribe_group("dead", "keeps them").await.unwrap();
+    let mut worker = bus
+        .subscribe_with("t", SubscribeOptions::group("g".parse().unwrap()).dead_letter("dead".parse().unwrap()))
+        .await
+        .unwrap();
+    let mut die = async |kind: &str| {
+        bus.publish("t", Event::new(kind)).await.unwrap();
+        worker.next().await.unwrap().unwrap().dead_letter("no").await;
+    };
+    let mut stream = server.follow("/dead/events?start=earliest", None).await;
+    stream.opened().await;
+    die("a").await;
+    assert_eq!(stream.kinds(1).await, ["a"]);
+    die("b").await;
+    let mut resumed = server.follow("/dead/events", stream.last.as_deref()).await;
+    assert_eq!(resumed.next().await.unwrap().name, "gap");
+    drop(keeper);
+}
+
+#[tokio::test]
+async fn streams_end_at_once_and_whole_when_their_server_stops() {
+    let bus = kept();
+    let options = ServeOptions::new().grace(Duration::from_secs(3600));
+    let server = Server::start_with(http(&bus).build().unwrap(), options).await;
+    publish(&bus, "t", 0..3).await;
+    let mut streams = [server.follow("/t/events?start=earliest", None).await, server.follow("/other/events", None).await];
+    for stream in &mut streams {
+        stream.opened().await;
+    }
+    server.stop().await;
+    assert_eq!(streams[0].kinds(3).await, numbers(0..3));
+    assert_eq!((streams[0].next().await, streams[1].next().await), (None, None));
 }
