@@ -71,9 +71,14 @@ impl Shared {
         if self.link.cluster().is_some() { 1 } else { ON_THEIR_WAY }
     }
 
+    /// Who adds the first event of a call.
+    fn by(&self, call: &Call) -> String {
+        format!("{}:{}", self.publisher, call.number)
+    }
+
     fn words(&self, script: &Script, call: &Call) -> Cmd {
         let Retention { max_len, idle_ttl, .. } = self.retention;
-        let words = script.call(&[&*call.stream]).arg(&*self.publisher).number(call.number);
+        let words = script.call(&[&*call.stream]).arg(self.by(call));
         let words = words.number(max_len).number(self.retention.least()).number(idle_ttl);
         call.events.iter().fold(words, |words, event| words.arg(event.clone()))
     }
@@ -94,7 +99,7 @@ impl Shared {
             adding = adding.arg("MAXLEN").arg("~").number(max_len);
         }
         let adding = call.events.iter().fold(adding.arg("*"), |adding, event| adding.arg("event").arg(event.clone()));
-        let adding = adding.arg("p").arg(&*self.publisher).arg("n").number(call.number);
+        let adding = adding.arg("p").arg(self.by(call));
         match self.link.call(adding).await? {
             Value::Null => ids(self.link.eval(&ADD, self.words(&ADD, call)).await?, 1),
             id => Ok(vec![reply::id(&id)?]),

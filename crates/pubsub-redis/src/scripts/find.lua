@@ -3,7 +3,8 @@
 -- ids are returned. If it is not, they are added now.
 do
   local ago = tonumber(table.remove(ARGV))
-  local publisher, number, count = ARGV[1], ARGV[2], #ARGV - 5
+  local by, count = ARGV[1], #ARGV - 4
+  local publisher, number = string.match(by, '^(.*):(%d+)$')
   local function field(entry, name)
     for i = 1, #entry[2], 2 do
       if entry[2][i] == name then return entry[2][i + 1] end
@@ -16,11 +17,10 @@ do
   repeat
     local page = redis.call('XREVRANGE', KEYS[1], from, '-', 'COUNT', 500)
     for _, entry in ipairs(page) do
-      if field(entry, 'p') == publisher then
-        local n = field(entry, 'n')
-        if n == number then found = entry[1] end
-        done = done or n == number or (n and tonumber(n) and tonumber(n) < tonumber(number))
-      end
+      local p = field(entry, 'p')
+      if p == by then found, done = entry[1], true end
+      local whose, which = string.match(p or '', '^(.*):(%d+)$')
+      done = done or (whose == publisher and tonumber(which) < tonumber(number))
       done = done or tonumber(string.match(entry[1], '^%d+')) < floor
       if done then break end
       from = '(' .. entry[1]
@@ -29,7 +29,7 @@ do
   if found then
     local ids, entries, at = {}, redis.call('XRANGE', KEYS[1], found, '+', 'COUNT', count), 1
     for i = 1, count do
-      if entries[at] and field(entries[at], 'event') == ARGV[i + 5] then
+      if entries[at] and field(entries[at], 'event') == ARGV[i + 4] then
         ids[i], at = entries[at][1], at + 1
       else
         ids[i] = ids[i - 1] -- it was deleted since: its place is right behind the one before it
