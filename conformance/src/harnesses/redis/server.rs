@@ -60,17 +60,31 @@ impl Server {
 
     /// A node for a cluster, which belongs to none yet. In its directory is which port it talks to other nodes on.
     pub(super) fn start_node() -> io::Result<Self> {
+        Self::start_node_with(|_| Ok(Vec::new()))
+    }
+
+    /// One with further arguments, which are told its directory.
+    fn start_node_with(arguments: impl FnOnce(&Path) -> io::Result<Vec<String>>) -> io::Result<Self> {
         Self::start_with(|directory, _| {
             let bus = free_port()?.to_string();
             std::fs::write(directory.join("bus-port"), &bus)?;
             let words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &bus];
-            Ok(words.into_iter().chain(["--repl-diskless-sync-delay", "0"]).map(str::to_owned).collect())
+            let own = words.into_iter().chain(["--repl-diskless-sync-delay", "0"]).map(str::to_owned);
+            Ok(own.chain(arguments(directory)?).collect())
         })
     }
 
     /// A cluster of so many masters, which share the slots evenly.
     pub(super) fn start_cluster(masters: usize) -> io::Result<Vec<Self>> {
-        let nodes = (0..masters).map(|_| Self::start_node()).collect::<io::Result<Vec<_>>>()?;
+        Self::start_cluster_with(masters, |_| Ok(Vec::new()))
+    }
+
+    /// One whose nodes have further arguments, which are told the node's directory.
+    pub(super) fn start_cluster_with(
+        masters: usize,
+        arguments: impl Fn(&Path) -> io::Result<Vec<String>>,
+    ) -> io::Result<Vec<Self>> {
+        let nodes = (0..masters).map(|_| Self::start_node_with(&arguments)).collect::<io::Result<Vec<_>>>()?;
         for (number, node) in nodes.iter().enumerate() {
             let (from, to) = (16384 * number / masters, 16384 * (number + 1) / masters - 1);
             node.ask(&["CLUSTER", "SET-CONFIG-EPOCH", &(number + 1).to_string()])?;

@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         ("cluster: a master dies, and its replica goes on", || cluster::master_dies().boxed()),
         ("cluster: a node that hangs or is gone holds up no publisher to the others", || cluster::node_down().boxed()),
         ("tls: encrypted, with the right certificates only", || encrypted::trusted().boxed()),
+        ("tls: a cluster whose nodes and clients are encrypted", || encrypted::cluster().boxed()),
         ("unix: by the server's socket", || encrypted::by_socket().boxed()),
         ("logs: what operators need is told, in measure, and without credentials", || quiet::told().boxed()),
         ("inspection: retained, waiting, held, oldest and members", || quiet::inspected().boxed()),
