@@ -32,8 +32,24 @@ impl Failed {
     }
 }
 
+type Published = Result<Vec<EntryId>, Failed>;
+
 /// Where the outcome of a publish goes.
-pub(crate) type Reply = oneshot::Sender<Result<Vec<EntryId>, Failed>>;
+pub(crate) type Reply = oneshot::Sender<Published>;
+
+/// An outcome on its way. Telling it wakes somebody else's task: that is done without a lock.
+#[must_use]
+pub(crate) struct Answer(Reply, Published);
+
+impl Answer {
+    pub(crate) fn new(to: Reply, outcome: Published) -> Self {
+        Self(to, outcome)
+    }
+
+    pub(crate) fn tell(self) {
+        let _ = self.0.send(self.1); // nobody may be waiting
+    }
+}
 
 /// Events that go to one stream together.
 pub(crate) struct Call {
@@ -65,12 +81,12 @@ pub(crate) struct Open {
 }
 
 impl Open {
-    pub(crate) fn answer(self) {
+    pub(crate) fn answer(self) -> Answer {
         let outcome = match self.fault {
             None => Ok(self.ids),
             Some(fault) => Err(Failed { fault, fates: self.fates }),
         };
-        let _ = self.reply.send(outcome); // nobody may be waiting
+        Answer::new(self.reply, outcome)
     }
 }
 

@@ -18,7 +18,7 @@ use crate::RedisBuilder;
 use crate::add::{Retention, Shared};
 use crate::entry::EntryId;
 use crate::errors::Fault;
-use crate::lane::{Failed, Reply};
+use crate::lane::{Answer, Failed, Reply};
 use crate::link::Link;
 use crate::writer::{Desk, Task};
 
@@ -68,7 +68,7 @@ impl Writer {
         let (reply, answer) = oneshot::channel();
         let job = Job { stream, events, claimed: claimed.clone(), reply };
         let closed = || Fault::Unknown("the connection was closed".into());
-        match self.send(job).map_or(Ok(()), |job| self.jobs.try_send(job)) {
+        match self.send(job).or_else(|job| self.jobs.try_send(job)) {
             Ok(()) => {}
             Err(TrySendError::Closed(_)) => return Err(not_sent(closed())),
             Err(TrySendError::Full(job)) => match timeout_at(until.min(Instant::now() + wait), self.jobs.send(job)).await {
@@ -90,13 +90,17 @@ impl Writer {
     }
 
     /// Sends a job at once; gives it back if something is before it, or the writer is gone.
-    fn send(&self, job: Job) -> Option<Job> {
-        let mut desk = self.desk.try_lock();
-        // What waits is taken under the same lock.
-        match desk.as_deref_mut().and_then(Option::as_mut).filter(|_| self.jobs.capacity() == WAITING_CALLS) {
-            Some(task) => task.take(job),
-            None => Some(job),
-        }
+    fn send(&self, job: Job) -> Result<(), Job> {
+        let answers = {
+            let mut desk = self.desk.try_lock();
+            // What waits is taken under the same lock.
+            match desk.as_deref_mut().and_then(Option::as_mut).filter(|_| self.jobs.capacity() == WAITING_CALLS) {
+                Some(task) => task.take(job)?,
+                None => return Err(job),
+            }
+        };
+        answers.into_iter().for_each(Answer::tell);
+        Ok(())
     }
 
     /// Waits until what was handed in before has its answer.

@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use crate::add::{Outcome, Renewed, Shared};
 use crate::entry::EntryId;
 use crate::errors::Fault;
-use crate::lane::{Call, Lane, Open, Part, Reply};
+use crate::lane::{Answer, Call, Lane, Open, Part, Reply};
 use crate::publish::{Job, WAITING_CALLS};
 
 /// Where the writer's task leaves its work whenever it waits for something to do, so that publishers may do it. Empty while it waits for
@@ -48,6 +48,8 @@ pub(crate) struct Task {
     calls: FuturesUnordered<BoxFuture<'static, (Call, Outcome)>>,
     /// Calls to be looked into once nothing is on its way any more.
     doubtful: Vec<(Call, Fault)>,
+    /// What has come of publishes, to be told when nobody holds the desk.
+    answers: Vec<Answer>,
     /// Wakes the task.
     waker: Waker,
 }
@@ -68,6 +70,7 @@ impl Task {
             flushes: VecDeque::new(),
             calls: FuturesUnordered::new(),
             doubtful: Vec::new(),
+            answers: Vec::new(),
             waker: Waker::noop().clone(),
         }
     }
@@ -104,16 +107,16 @@ impl Task {
     }
 
     /// Takes a job that nothing waits before, in the publisher's task and on behalf of the writer's, and sends it if its lane has nothing on
-    /// its way. Gives it back if something has to be cleared up first.
-    pub(crate) fn take(&mut self, job: Job) -> Option<Job> {
+    /// its way. Returns what has come of others meanwhile; or the job, if something has to be cleared up first.
+    pub(crate) fn take(&mut self, job: Job) -> Result<Vec<Answer>, Job> {
         self.look();
         let is_at_ease = self.doubtful.is_empty() && (self.is_in_cluster() || self.known && !self.stale);
         if !is_at_ease || self.open.len() >= WAITING_CALLS {
-            return Some(job);
+            return Err(job);
         }
         self.begin(job);
         self.proceed();
-        None
+        Ok(std::mem::take(&mut self.answers))
     }
 
     /// Begins a job.
@@ -233,6 +236,7 @@ impl Task {
                 self.add_again(&call).await
             };
             self.settle(call, outcome);
+            self.answers.drain(..).for_each(Answer::tell);
         }
     }
 
@@ -278,7 +282,7 @@ impl Task {
             place += count;
             open.settled += count;
             if open.settled == open.ids.len() {
-                self.open.remove(&job).into_iter().for_each(Open::answer);
+                self.answers.extend(self.open.remove(&job).map(Open::answer));
             }
         }
         self.ready.push(call.stream);
@@ -289,7 +293,7 @@ impl Task {
         let first = self.open.keys().next().copied().unwrap_or(u64::MAX);
         while self.flushes.front().is_some_and(|(before, _)| *before <= first) {
             let Some((_, reply)) = self.flushes.pop_front() else { return };
-            let _ = reply.send(Ok(Vec::new())); // nobody may be waiting
+            self.answers.push(Answer::new(reply, Ok(Vec::new())));
         }
     }
 }
@@ -308,8 +312,13 @@ impl Leaving {
         *self.0.lock() = Some(task);
         poll_fn(|cx| {
             let mut desk = self.0.lock();
-            let goes_on = ready!(desk.as_mut().map_or(Poll::Ready(false), |task| task.poll(jobs, cx)));
-            Poll::Ready(desk.take().filter(|_| goes_on))
+            let Some(task) = &mut *desk else { return Poll::Ready(None) };
+            let polled = task.poll(jobs, cx);
+            let answers = std::mem::take(&mut task.answers);
+            let work = polled.map(|goes_on| desk.take().filter(|_| goes_on));
+            drop(desk);
+            answers.into_iter().for_each(Answer::tell);
+            work
         })
         .await
     }
