@@ -102,8 +102,11 @@ where
     Ok(proof.print())
 }
 
-/// A worker that a director started ends with it: then nobody holds the other end of its standard input.
+/// A worker that a director started ends with it: then nobody holds the other end of its standard input. One that is stopped just then
+/// does not notice that; Linux ends it.
 fn end_with_the_director() {
+    #[cfg(target_os = "linux")]
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).expect("a signal that there is");
     std::thread::spawn(|| {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         std::process::exit(0);

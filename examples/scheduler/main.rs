@@ -71,7 +71,7 @@ async fn work(role: Role) -> Result<()> {
 }
 
 /// What a scheduler tells about times that passed without one.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Late {
     schedule_id: String,
@@ -165,11 +165,14 @@ where
     proof.exactly("ticks fired", ticks.len(), due);
     proof.exactly("fires made twice", log.twice, 0);
     for (schedule, policy) in [("tick", "all"), ("report", "the latest"), ("digest", "none")] {
-        let missed = log.missed.remove(&id(schedule)).unwrap_or_default().split_off(&gone);
+        // On a busy machine the successor may miss times, too.
+        let mut times = log.missed.remove(&id(schedule)).unwrap_or_default();
+        times.retain(|missed| missed.last().is_some_and(|last| *last >= gone));
+        let missed: BTreeSet<i64> = times.iter().flatten().copied().filter(|due| *due >= gone).collect();
         let fired = missed.intersection(&log.of(&id(schedule))).count();
         let expected = match policy {
             "all" => missed.len(),
-            "the latest" => 1,
+            "the latest" => times.len(),
             _ => 0,
         };
         proof.at_least(&format!("{schedule}: missed"), missed.len(), 1);
@@ -190,7 +193,8 @@ struct Log {
     stage: String,
     runs: BTreeSet<String>,
     claimed: BTreeSet<String>,
-    missed: BTreeMap<String, BTreeSet<i64>>,
+    /// By schedule, what was missed each time that somebody was late.
+    missed: BTreeMap<String, Vec<Vec<i64>>>,
     twice: usize,
 }
 
@@ -205,8 +209,8 @@ impl Log {
             }
             "schedule.claimed" => drop(self.claimed.insert(event.run_id().to_owned())),
             "schedule.missed" => {
-                let late = event.data::<Late>()?;
-                self.missed.entry(late.schedule_id.clone()).or_default().extend(&late.missed);
+                let Late { schedule_id, missed } = event.data::<Late>()?.into_owned();
+                self.missed.entry(schedule_id).or_default().push(missed);
             }
             _ => {}
         }

@@ -206,6 +206,24 @@ async fn systems_do_not_disturb_each_other_on_one_bus() {
     }
 }
 
+/// Killed while one of its workers is stopped, a director leaves nobody behind.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn workers_end_with_their_director_even_if_they_are_stopped() {
+    let directory = tempfile::tempdir().unwrap();
+    let url = format!("unix:{}/bus.sock", directory.path().display());
+    let mut command = Command::new(example("signals"));
+    command.arg(&url).kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut director = command.spawn().expect("it starts");
+    let mut said = BufReader::new(director.stdout.take().expect("it is piped")).lines();
+    let stopped = async { while !said.next_line().await.unwrap().expect("it goes on").ends_with("is stopped") {} };
+    timeout(AT_MOST, stopped).await.expect("it stops a worker");
+    director.kill().await.unwrap();
+    // A worker holds the other end of the pipe as long as it lives.
+    let end = async { while said.next_line().await.unwrap().is_some() {} };
+    timeout(AT_MOST, end).await.expect("all its workers are gone");
+}
+
 #[tokio::test]
 async fn hello_is_short_and_runs() {
     assert!(include_str!("../hello.rs").lines().count() <= 15);

@@ -58,13 +58,9 @@ impl Server {
         Ok(server)
     }
 
-    /// A node for a cluster, which belongs to none yet. In its directory is which port it talks to other nodes on.
-    pub(super) fn start_node() -> io::Result<Self> {
-        Self::start_node_with(|_| Ok(Vec::new()))
-    }
-
-    /// One with further arguments, which are told its directory.
-    fn start_node_with(arguments: impl FnOnce(&Path) -> io::Result<Vec<String>>) -> io::Result<Self> {
+    /// A node for a cluster, which belongs to none yet, with further arguments, which are told its directory. There it is written which
+    /// port it talks to other nodes on.
+    pub(super) fn start_node_with(arguments: impl FnOnce(&Path) -> io::Result<Vec<String>>) -> io::Result<Self> {
         Self::start_with(|directory, _| {
             let bus = free_port()?.to_string();
             std::fs::write(directory.join("bus-port"), &bus)?;

@@ -25,7 +25,7 @@ pub(crate) struct Cluster {
 impl Cluster {
     pub(crate) async fn start() -> Self {
         let mut nodes = Server::start_cluster(MASTERS).unwrap();
-        nodes.push(Server::start_node().unwrap());
+        nodes.push(Server::start_node_with(|_| Ok(Vec::new())).unwrap());
         nodes[MASTERS].meet(&nodes[0]).unwrap();
         let cluster = Self { nodes };
         let of_first = cluster.id(0);
