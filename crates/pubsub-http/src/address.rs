@@ -22,6 +22,7 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
         || (a == 100 && (64..128).contains(&b)) // shared by the customers of a provider
         || (a == 192 && b == 0 && c == 0)
         || (a == 192 && b == 88 && c == 99)
+        || address == Ipv4Addr::new(168, 63, 129, 16) // Azure's own services, of its otherwise public addresses
         || (a == 198 && (b == 18 || b == 19)))
 }
 
@@ -50,6 +51,7 @@ mod tests {
             "100.64.0.1",
             "127.0.0.1",
             "127.255.0.1",
+            "168.63.129.16",
             "169.254.169.254",
             "172.16.0.1",
             "172.31.255.255",

@@ -25,10 +25,8 @@ struct Envelope {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Message {
-    #[serde(default)]
-    data: String,
-    #[serde(default)]
-    attributes: BTreeMap<String, String>,
+    data: Option<String>,
+    attributes: Option<BTreeMap<String, String>>,
     message_id: String,
     publish_time: Option<String>,
     ordering_key: Option<String>,
@@ -41,6 +39,15 @@ pub(crate) struct Opened {
     pub(crate) subscription: Option<String>,
 }
 
+/// Whether it is an event that somebody published, and not other data that has a type: those bear ids.
+fn is_event(data: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Probe {
+        id: Option<serde::de::IgnoredAny>,
+    }
+    serde_json::from_slice(data).is_ok_and(|probe: Probe| probe.id.is_some())
+}
+
 /// Opens an envelope. Data that is an event is that event; other data becomes one, with the message's id and time. Attributes become
 /// metadata, where the event has none of that name.
 pub(crate) fn open(json: &[u8]) -> Result<Opened, Refusal> {
@@ -49,19 +56,20 @@ pub(crate) fn open(json: &[u8]) -> Result<Opened, Refusal> {
         serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?;
     let id = EventId::new(&message.message_id)?;
     let created_at = message.publish_time.as_deref().map_or_else(|| Ok(Timestamp::now()), Timestamp::parse)?;
-    let data = Bytes::from(STANDARD.decode(&message.data).map_err(|error| bad(error.to_string()))?);
+    let base64 = message.data.unwrap_or_default();
+    let data = Bytes::from(STANDARD.decode(&base64).map_err(|error| bad(error.to_string()))?);
     let mut event = match wire::decode(&data, Some(Stamp { id: id.clone(), created_at })) {
-        Ok(decoded) => decoded.event.with_index(None),
-        Err(_) => Event::stamped(id, FOREIGN_TYPE, created_at)
+        Ok(decoded) if is_event(&data) => decoded.event.with_index(None),
+        _ => Event::stamped(id, FOREIGN_TYPE, created_at)
             .with_run_id(message.ordering_key.unwrap_or_default())
-            .with_payload(foreign(data, message.data)?),
+            .with_payload(foreign(data, base64)?),
     };
-    for (key, value) in message.attributes {
+    for (key, value) in message.attributes.unwrap_or_default() {
         if !event.metadata().contains_key(&key) {
             event = event.with_metadata(key, value);
         }
     }
-    Ok(Opened { event, attempt: delivery_attempt.unwrap_or(1), subscription })
+    Ok(Opened { event, attempt: delivery_attempt.unwrap_or(1).max(1), subscription })
 }
 
 /// JSON as it is, text as text, and anything else in the base64 it came in.
@@ -116,6 +124,7 @@ mod tests {
     fn other_data_becomes_one() {
         for (data, expected) in [
             (&br#"{"not":"an event"}"#[..], json!({"not": "an event"})),
+            (br#"{"type":"invoice","amount":5}"#, json!({"type": "invoice", "amount": 5})),
             (b"text", json!("text")),
             (b"\xff\xfe", json!("//4=")),
             (b"", Value::Null),
@@ -128,6 +137,13 @@ mod tests {
                 ("2021-02-26T19:13:55.749Z", expected)
             );
         }
+    }
+
+    #[test]
+    fn what_is_null_is_not_there() {
+        let json = r#"{"message":{"messageId":"1","data":null,"attributes":null,"orderingKey":null},"deliveryAttempt":0}"#;
+        let opened = open(json.as_bytes()).unwrap_or_else(|refusal| panic!("{refusal:?}"));
+        assert_eq!((data_of(&opened), opened.attempt), (Value::Null, 1));
     }
 
     #[test]

@@ -24,14 +24,17 @@ use crate::request::{authorize, check_headers, check_json, read_body};
 use crate::settle::answer;
 use crate::signature::{Guard, SIGNATURE, Secret};
 
+/// How many bytes of all the bodies that have not arrived as a whole are kept, if a single one may not be longer.
+const READING: usize = 256 << 20;
+
 /// In which form events are pushed to an [`Intake`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Form {
     /// The [JSON form](pubsub_core::wire) of an event, or an array of such: what a [`Push`](crate::Push) sends.
     Events,
-    /// What a push subscription of Google Cloud Pub/Sub sends. Data that is not an event in its JSON form becomes one, of the type
-    /// `google.pubsub.message`.
+    /// What a push subscription of Google Cloud Pub/Sub sends. Data that is not an event in its JSON form, with type and id, becomes one,
+    /// of the type `google.pubsub.message`.
     GooglePubSub,
     /// Any JSON, as other services post it: it becomes the data of an event of the type `webhook`, whose id is that of the header
     /// `webhook-id` (of the [Standard Webhooks](https://www.standardwebhooks.com)) or `idempotency-key`, or else a random one.
@@ -100,7 +103,9 @@ struct Shared {
     guard: Option<Guard>,
     authorize: Option<Arc<dyn Authorize>>,
     limits: Limits,
+    /// How many deliveries there is room for, and how many bytes of bodies.
     room: Semaphore,
+    reading: Semaphore,
     handler: Handler,
 }
 
@@ -163,7 +168,8 @@ impl Intake {
         self
     }
 
-    /// Sets how many requests are served at a time (256). One more is answered 503, with `Retry-After`.
+    /// Sets how many requests are served at a time (256), and so is one when there are 256 MiB of bodies that have not yet arrived as a
+    /// whole. One more is answered 503, with `Retry-After`.
     pub fn max_in_flight(mut self, requests: usize) -> Self {
         self.limits.max_in_flight = requests;
         self
@@ -209,6 +215,7 @@ impl Intake {
             authorize: authorize.or_else(|| if is_signed { None } else { Some(Arc::new(nobody)) }),
             guard: is_signed.then(|| Guard::new(secrets, limits.window, limits.remembered)),
             room: Semaphore::new(limits.max_in_flight),
+            reading: Semaphore::new(limits.max_body.max(READING)),
             limits,
             handler,
         };
@@ -251,14 +258,15 @@ impl Shared {
             authorize(hook, access, self.limits.request_timeout).await?;
         }
         check_json(&parts.headers)?;
-        let _place = self.room.try_acquire().map_err(|_| Refusal::busy("too many deliveries at once"))?;
-        let body = read_body(body, self.limits.max_body, self.limits.request_timeout).await?;
+        let body = read_body(body, self.limits.max_body, self.limits.request_timeout, Some(&self.reading)).await?;
         if let Some(guard) = &self.guard {
             let signature = parts.headers.get(SIGNATURE).and_then(|value| value.to_str().ok());
             let now = u64::try_from(Timestamp::now().as_millis()).unwrap_or(0);
             let refuse = |why: crate::signature::Refused| Refusal::new(StatusCode::UNAUTHORIZED, why.to_string());
             guard.admit(signature, &body, now).map_err(refuse)?;
         }
+        // Taken by what is known to be a delivery: who sends slowly, and nothing that is signed, keeps none.
+        let _place = self.room.try_acquire().map_err(|_| Refusal::busy("too many deliveries at once"))?;
         for pushed in self.read(&parts.headers, &body)? {
             if let Err(failure) = self.run(pushed).await {
                 return Ok(Err(failure));
@@ -272,7 +280,7 @@ impl Shared {
             Form::Events => {
                 let pushed = |decoded: pubsub_core::wire::Decoded| Pushed {
                     event: Arc::new(decoded.event),
-                    attempt: decoded.attempt.unwrap_or(1),
+                    attempt: decoded.attempt.unwrap_or(1).max(1),
                     subscription: None,
                 };
                 Ok(publish::read(body, None, self.limits.max_batch)?.into_iter().map(pushed).collect())

@@ -39,13 +39,16 @@
 //! # Streams
 //!
 //! - **An event** is an unnamed message, whose data is the event's JSON form and whose id is its [cursor](pubsub_core::Cursor). Other ids
-//!   say that the stream began before the topic's first event, that nothing is retained, or (`+` behind one) that the event itself is
-//!   not, as one published `local_only`. An id is given back as it came. One that cannot be read is of `otherBus`.
+//!   say that the stream began with an event (`@` behind its cursor) or on a topic without any (`earliest`), that nothing is retained
+//!   (`live`), or (`+` behind one of those) that the event itself is not, as one published `local_only`. An id is given back as it came.
 //! - **A client that lost its connection** gives the last id back (`Last-Event-ID`; a browser's `EventSource` does so by itself) and goes
-//!   on right behind it. A stream tells where it begins before its first event, so that nothing is missed even then.
+//!   on right behind it. A stream tells where it begins before its first event, so that nothing is missed even then; only one that
+//!   starts at an index leaves that to its address, and tells it with its first event.
 //! - **`gap`** is an event of that name: `{"reason", "missed"?}`. Events are missing, because they were `trimmed` away, the position is
-//!   `ahead`, of an `otherGeneration` or `otherBus`; because the client was slow and nothing is retained (`lagged`); or because it was
-//!   away and nothing is (`notRetained`). The stream goes on with the earliest that is retained.
+//!   `ahead`, of an `otherGeneration` or `otherBus` (as is an id that cannot be read); because the client was slow and nothing is
+//!   retained (`lagged`); or because it was away and nothing is (`notRetained`). The stream goes on with the earliest that is retained.
+//!   What is trimmed while this is found out may be counted twice, and is never left out. Whoever began on a topic without events is told
+//!   of those trimmed since if the bus numbers them, and of none that were cleared.
 //! - **`end`** is an event of that name, `{"reason":"cleared"}`: the topic was cleared, and what follows is another history. It comes with
 //!   the first event after, or within two heartbeats. A page should close its `EventSource` then. A stream that ends without it is to
 //!   be resumed: the server was stopped, or the stream's [lifetime](HttpBuilder::stream_lifetime) was over.
@@ -99,7 +102,8 @@
 //!   one, 422 a dead letter. The header `pubsub-settle` says which, so that a plain 503 of a proxy stays a plain retry. A handler is cancelled
 //!   when its delivery is lost to another member or its sender gone. What is lost on the way is pushed again: handle by event id.
 //! - **Signatures** ([`SIGNATURE`]) are HMAC-SHA-256 over time, nonce and body. An intake refuses what is forged, older than its window or
-//!   used before, compares in constant time, and takes several secrets, so that one can be replaced.
+//!   used before, compares in constant time, and takes several secrets, so that one can be replaced. What was used an intake remembers for
+//!   itself: another with the same secret, or its own next life, takes the same once more within the window. URLs are not signed.
 //! - **Where pushes go.** A name is resolved and its addresses checked by the code that connects, so that what was checked is what is
 //!   connected to. Addresses that are not public are refused unless [allowed](PushBuilder::allow_private). Redirects are not followed;
 //!   proxies of the environment are not used. `https:` needs the feature `tls` (rustls with this host's root certificates).
@@ -114,12 +118,13 @@
 //! # Limits
 //!
 //! Those of [`HttpBuilder`] and [`Intake`] hold under any server; those of [`ServeOptions`] under [`serve()`]. A push has those of
-//! [`PushBuilder`], and reads at most 64 KiB of an answer.
+//! [`PushBuilder`], and reads at most 64 KiB of an answer's head and as much of its body.
 //!
 //! # When the peer dies
 //!
-//! A client's connection that ends takes its stream and subscription with it at once. One that goes silent is noticed within
-//! [`stall_timeout`](ServeOptions::stall_timeout). When this server dies, clients connect to the next and resume; what that needs is in
+//! A client's connection that ends takes its stream and subscription with it, and what an intake runs for it, at once or (if it has sent
+//! more than was read) within half a second. One that takes nothing is closed after [`stall_timeout`](ServeOptions::stall_timeout), once
+//! the connection's buffers are full; one whose host answers nothing, after about twice that. When this server dies, clients connect to the next and resume; what that needs is in
 //! the bus. A receiver of pushes that is gone is tried again as the subscription's policy says; a pusher that dies leaves its group's
 //! deliveries to the other members, or to its next life where groups are durable.
 

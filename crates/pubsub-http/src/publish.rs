@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -15,23 +15,23 @@ use serde_json::value::RawValue;
 use crate::access::Action;
 use crate::builder::Shared;
 use crate::refusal::Refusal;
-use crate::request::{check_json, read_body};
+use crate::request::{Named, check_json, read_body};
 
 /// By which a caller names what it publishes, so that saying it again is the same event.
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
-pub(crate) async fn publish(State(shared): State<Arc<Shared>>, Path(topic): Path<String>, request: Request) -> Response {
-    match try_publish(&shared, &topic, request).await {
+pub(crate) async fn publish(State(shared): State<Arc<Shared>>, topic: Named, request: Request) -> Response {
+    match try_publish(&shared, topic, request).await {
         Ok(response) => response,
         Err(refusal) => refusal.into_response(),
     }
 }
 
-async fn try_publish(shared: &Shared, topic: &str, request: Request) -> Result<Response, Refusal> {
+async fn try_publish(shared: &Shared, topic: Named, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
     let topic = shared.admit_to(topic, Action::Publish, &parts).await?;
     check_json(&parts.headers)?;
-    let body = read_body(body, shared.limits.max_body, shared.limits.request_timeout).await?;
+    let body = read_body(body, shared.limits.max_body, shared.limits.request_timeout, None).await?;
     let key = idempotency_key(&parts.headers)?;
     let events = read(&body, key, shared.limits.max_batch)?;
     let events: Vec<_> = events.into_iter().map(|decoded| Arc::new(decoded.event)).collect();

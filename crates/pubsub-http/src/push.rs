@@ -7,11 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use pubsub_core::{BatchPolicy, Error, Failure, Message, Result, RunReport, Subscription, Timestamp, wire};
+use tokio::time::Instant;
 
 use crate::builder::{check_duration, check_size};
 use crate::connect::{Connector, literal};
@@ -21,8 +23,12 @@ use crate::signature::{SIGNATURE, Secret};
 /// How much of an answer is read; a receiver that says more loses its connection.
 const MAX_ANSWER: usize = 64 << 10;
 
-/// How long a connection is kept that nothing is sent over.
-const IDLE: Duration = Duration::from_secs(30);
+/// How long a connection is kept that nothing is sent over: less than receivers keep it, or they close it while something is sent. (Of
+/// those in use, node closes first, after 5 s.)
+const IDLE: Duration = Duration::from_secs(4);
+
+/// How long the rest of an answer is read that says all by its status: so that the connection can be used again.
+const REST: Duration = Duration::from_secs(1);
 
 #[cfg(feature = "tls")]
 type Connect = hyper_rustls::HttpsConnector<Connector>;
@@ -110,6 +116,7 @@ impl PushBuilder {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(self.in_flight)
+            .http1_max_buf_size(MAX_ANSWER)
             .build(over_tls(connector)?);
         let Self { secret, in_flight, timeout, max_retry_after, .. } = self;
         Ok(Push(Arc::new(Inner { url, secret, headers, in_flight, timeout, max_retry_after, client })))
@@ -219,16 +226,25 @@ impl Push {
         async move {
             // No attempt makes it serialisable.
             let body = body.map_err(|error| Failure::dead_letter(error.to_string()))?;
-            match tokio::time::timeout(inner.timeout, inner.post(body)).await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(Failure::retry(format!("the receiver took longer than {:?}", inner.timeout))),
+            let late = |_| Failure::retry(format!("the receiver took longer than {:?}", inner.timeout));
+            let until = Instant::now() + inner.timeout;
+            let response = tokio::time::timeout_at(until, inner.post(body)).await.map_err(late)??;
+            let (parts, body) = response.into_parts();
+            // Read to its end, so that the connection can be used again; what is too long or breaks off is not worth that.
+            let answer = Limited::new(body, MAX_ANSWER).collect();
+            if parts.status.is_success() {
+                let _ = tokio::time::timeout(REST, answer).await;
+                return Ok(());
             }
+            let answer = tokio::time::timeout_at(until, answer).await.map_err(late)?;
+            let answer = answer.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+            outcome(parts.status, &parts.headers, &answer, SystemTime::now(), inner.max_retry_after)
         }
     }
 }
 
 impl Inner {
-    async fn post(&self, body: Bytes) -> Result<(), Failure> {
+    async fn post(&self, body: Bytes) -> Result<Response<Incoming>, Failure> {
         let mut request = Request::new(Full::new(body.clone()));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.url.clone();
@@ -238,12 +254,7 @@ impl Inner {
             let signature = HeaderValue::try_from(secret.sign(now, fastrand::u128(..), &body)).expect("digits and commas");
             request.headers_mut().insert(SIGNATURE, signature);
         }
-        let response = self.client.request(request).await.map_err(|error| Failure::retry(told(&error)))?;
-        let (parts, body) = response.into_parts();
-        // Read to its end, so that the connection can be used again; what is too long or breaks off is not worth that.
-        let answer =
-            Limited::new(body, MAX_ANSWER).collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
-        outcome(parts.status, &parts.headers, &answer, SystemTime::now(), self.max_retry_after)
+        self.client.request(request).await.map_err(|error| Failure::retry(told(&error)))
     }
 }
 

@@ -114,7 +114,7 @@ impl IntoResponse for Refusal {
 
 /// A duration as `Retry-After` tells it, rounded up: whoever waits that long has waited long enough.
 pub(crate) fn whole_seconds(duration: Duration) -> u64 {
-    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+    duration.as_secs().saturating_add(u64::from(duration.subsec_nanos() > 0))
 }
 
 #[cfg(test)]

@@ -1,21 +1,38 @@
 //! What every request goes through before it is served: limits, names, permission, and the reading of its body.
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use bytes::Bytes;
+use axum::extract::{FromRequestParts, Path};
+use bytes::{Bytes, BytesMut};
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode};
 use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use pubsub_core::Topic;
+use pubsub_core::{BoxError, Topic};
+use tokio::sync::Semaphore;
 
 use crate::access::{Access, Action, Authorize, Verdict};
 use crate::builder::Shared;
 use crate::refusal::Refusal;
+
+/// The topic that a path names; other parameters of the path are those of whoever nests the router.
+pub(crate) struct Named(Result<String, Refusal>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Infallible> {
+        let topic = Path::<BTreeMap<String, String>>::from_request_parts(parts, state).await.ok();
+        let topic = topic.and_then(|Path(mut all)| all.remove("topic"));
+        Ok(Self(topic.ok_or_else(|| Refusal::bad("the path is not UTF-8"))))
+    }
+}
 
 impl Shared {
     /// Lets a request in, or says why not.
@@ -34,8 +51,8 @@ impl Shared {
     }
 
     /// As [`admit`](Self::admit), for a request that names a topic.
-    pub(crate) async fn admit_to(&self, topic: &str, action: Action, request: &Parts) -> Result<Topic, Refusal> {
-        let topic = self.admit(Some(topic), action, request).await?;
+    pub(crate) async fn admit_to(&self, topic: Named, action: Action, request: &Parts) -> Result<Topic, Refusal> {
+        let topic = self.admit(Some(&topic.0?), action, request).await?;
         topic.ok_or_else(|| Refusal::bad("no topic"))
     }
 
@@ -74,17 +91,29 @@ pub(crate) fn check_json(headers: &HeaderMap) -> Result<(), Refusal> {
     Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "the content type must be application/json"))
 }
 
-/// Reads a whole body, up to a size and within a time.
-pub(crate) async fn read_body(body: Body, most: usize, within: Duration) -> Result<Bytes, Refusal> {
+/// Reads a whole body, up to a size and within a time; and where there is room for so many bytes of all those that are being read.
+pub(crate) async fn read_body(body: Body, most: usize, within: Duration, room: Option<&Semaphore>) -> Result<Bytes, Refusal> {
     let too_large = || Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is over {most} bytes long"));
     // One that says how long it is need not be sent.
     if body.size_hint().lower() > most as u64 {
         return Err(too_large());
     }
-    match tokio::time::timeout(within, Limited::new(body, most).collect()).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(_)) => Err(Refusal::bad("the body broke off")),
+    let mut body = Limited::new(body, most);
+    let reading = async {
+        let (mut read, mut places) = (BytesMut::new(), Vec::new());
+        while let Some(frame) = body.frame().await {
+            let Some(data) = frame.map_err(Some)?.into_data().ok() else { continue };
+            let bytes = u32::try_from(data.len()).unwrap_or(u32::MAX);
+            places.extend(room.map(|room| room.try_acquire_many(bytes)).transpose().map_err(|_| None)?);
+            read.extend_from_slice(&data);
+        }
+        Ok::<_, Option<BoxError>>(read.freeze())
+    };
+    match tokio::time::timeout(within, reading).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(None)) => Err(Refusal::busy("too much is being read")),
+        Ok(Err(Some(error))) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(Some(_))) => Err(Refusal::bad("the body broke off")),
         Err(_) => Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive")),
     }
 }

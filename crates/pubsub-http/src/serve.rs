@@ -8,12 +8,13 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::{Extension, Router};
+use futures::FutureExt;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use pubsub_core::{Error, Result};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
@@ -23,6 +24,9 @@ use crate::builder::{check_duration, check_size};
 
 /// The pause after the system refused to accept a connection, for want of file descriptors for one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How often it is looked whether a peer is gone that has sent what nobody reads yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// What a connection beyond the bound is told.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
@@ -70,7 +74,7 @@ impl ServeOptions {
         self
     }
 
-    /// Sets the most bytes of a request's line and headers (32 KiB; at least 8 KiB). More is answered 431.
+    /// Sets the most bytes of a request's line and headers (32 KiB; at least 8 KiB), give or take what one read brings. More is answered 431.
     pub fn max_header_bytes(mut self, bytes: usize) -> Self {
         self.max_header_bytes = bytes;
         self
@@ -182,7 +186,8 @@ fn set_up(stream: &TcpStream, stall_timeout: Duration) {
 }
 
 async fn converse(stream: TcpStream, router: Router, options: &ServeOptions, mut stopped: watch::Receiver<()>) {
-    let io = TokioIo::new(Patient { stream, patience: options.stall_timeout, clock: None });
+    let stream = Arc::new(stream);
+    let io = TokioIo::new(Patient { stream: stream.clone(), patience: options.stall_timeout, clock: None });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
@@ -190,11 +195,13 @@ async fn converse(stream: TcpStream, router: Router, options: &ServeOptions, mut
         .max_buf_size(options.max_header_bytes)
         .serve_connection(io, TowerToHyperService::new(router));
     let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = &mut connection => ended,
-        _ = stopped.changed() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let mut stopping = pin!(stopped.changed().fuse());
+    let mut hung_up = pin!(hung_up(&stream));
+    let ended = loop {
+        tokio::select! {
+            ended = &mut connection => break ended,
+            () = &mut hung_up => return,
+            _ = &mut stopping => connection.as_mut().graceful_shutdown(),
         }
     };
     if let Err(error) = ended {
@@ -202,14 +209,38 @@ async fn converse(stream: TcpStream, router: Router, options: &ServeOptions, mut
     }
 }
 
+/// Waits until the peer has hung up. Hyper does not see that behind bytes which it has no use for yet.
+async fn hung_up(stream: &TcpStream) {
+    while let Ok(ready) = stream.ready(Interest::READABLE).await
+        && !ready.is_read_closed()
+    {
+        tokio::time::sleep(LOOK_AGAIN).await; // it stays ready until hyper reads
+    }
+}
+
 /// A connection whose writes fail if the peer takes nothing for too long.
 struct Patient {
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     patience: Duration,
     clock: Option<Pin<Box<Sleep>>>,
 }
 
 impl Patient {
+    /// Writes as soon as there is room.
+    fn poll(&mut self, cx: &mut Context<'_>, write: impl Fn(&TcpStream) -> io::Result<usize>) -> Poll<io::Result<usize>> {
+        let written = loop {
+            match self.stream.poll_write_ready(cx) {
+                Poll::Ready(Ok(())) => match write(&self.stream) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    written => break Poll::Ready(written),
+                },
+                Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+                Poll::Pending => break Poll::Pending,
+            }
+        };
+        self.wait(cx, written)
+    }
+
     fn wait(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if written.is_ready() {
             self.clock = None;
@@ -223,15 +254,20 @@ impl Patient {
 }
 
 impl AsyncRead for Patient {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.stream.poll_read_ready(cx))?;
+            match self.stream.try_read_buf(buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(drop)),
+            }
+        }
     }
 }
 
 impl AsyncWrite for Patient {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.wait(cx, written)
+        self.poll(cx, |stream| stream.try_write(buf))
     }
 
     fn poll_write_vectored(
@@ -239,19 +275,21 @@ impl AsyncWrite for Patient {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.wait(cx, written)
+        self.poll(cx, |stream| stream.try_write_vectored(bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match SockRef::from(&*self.stream).shutdown(std::net::Shutdown::Write) {
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(())),
+        }
     }
 }

@@ -15,7 +15,7 @@ pub(crate) const SETTLE: &str = "pubsub-settle";
 /// The back-off it asks for, to the millisecond; `Retry-After` says the same in whole seconds.
 pub(crate) const RETRY_AFTER_MILLIS: &str = "pubsub-retry-after-ms";
 
-/// The longest text of a reason that is passed on.
+/// The longest text of a reason that is passed on, in characters.
 const MAX_REASON: usize = 500;
 
 /// The answer that a handler's outcome becomes.
@@ -28,6 +28,7 @@ pub(crate) fn answer(outcome: Result<(), Failure>) -> Response {
         // A failure is none of the others.
         _ => (StatusCode::SERVICE_UNAVAILABLE, "retry", None, None),
     };
+    let reason = reason.map(|reason| reason.chars().take(MAX_REASON).collect::<String>());
     let mut response = Refusal::new(status, reason.unwrap_or_default()).into_response();
     let headers = response.headers_mut();
     headers.insert(SETTLE, HeaderValue::from_static(word));
@@ -56,7 +57,9 @@ pub(crate) fn outcome(
         Some("release") => Failure::release(),
         _ => {
             let precise = text(RETRY_AFTER_MILLIS).and_then(|millis| millis.parse().ok()).map(Duration::from_millis);
-            match precise.or_else(|| retry_after(text(RETRY_AFTER.as_str())?, now)) {
+            // A wait of nothing is none that is asked for: clocks differ, and attempts are soon used up.
+            let rough = || retry_after(text(RETRY_AFTER.as_str())?, now).filter(|wait| !wait.is_zero());
+            match precise.or_else(rough) {
                 Some(after) => Failure::retry_after(after.min(longest), reason),
                 None => Failure::retry(reason),
             }
@@ -120,7 +123,9 @@ mod tests {
     fn a_wait_that_is_asked_for_is_kept_to() {
         assert_eq!(after(429, &[("retry-after", "7")]), Some(7000));
         assert_eq!(after(503, &[("retry-after", "Wed, 21 Oct 2015 07:28:30 GMT")]), Some(30_000));
-        assert_eq!(after(503, &[("retry-after", "Wed, 21 Oct 2015 07:00:00 GMT")]), Some(0));
+        assert_eq!(after(503, &[("retry-after", "Wed, 21 Oct 2015 07:00:00 GMT")]), None);
+        assert_eq!(after(503, &[("retry-after", "0")]), None);
+        assert_eq!(after(503, &[("retry-after", "0"), (RETRY_AFTER_MILLIS, "0")]), Some(0));
         assert_eq!(after(503, &[("retry-after", "99999999999999999999999")]), Some(3_600_000));
         assert_eq!(after(503, &[("retry-after", "1"), (RETRY_AFTER_MILLIS, "20")]), Some(20));
         for nonsense in ["soon", "-1", "", "1.5"] {

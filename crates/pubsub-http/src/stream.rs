@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -27,6 +27,7 @@ use tokio::time::{Instant, Sleep};
 use crate::access::Action;
 use crate::builder::Shared;
 use crate::refusal::Refusal;
+use crate::request::Named;
 use crate::room::Seat;
 use crate::serve::Stopping;
 use crate::sse;
@@ -34,8 +35,11 @@ use crate::sse;
 /// What a reconnecting `EventSource` sends.
 const LAST_EVENT_ID: &str = "last-event-id";
 
-/// The id of a stream that began on a topic without events: whoever gives it back starts with the earliest.
+/// The id of a stream that began on a topic without events: whoever gives it back starts with the very first.
 const BEGINNING: &str = "earliest";
+
+/// Behind a cursor: the stream begins with that event, and not behind it.
+const WITH: char = '@';
 
 /// The id of a stream on a bus that retains nothing: whoever gives it back has missed what there was meanwhile.
 const LIVE: &str = "live";
@@ -49,20 +53,21 @@ const FRAME: usize = 16 << 10;
 /// How often the head of a busy topic may be trimmed away before a stream could begin behind it.
 const TRIES: usize = 4;
 
-pub(crate) async fn follow(State(shared): State<Arc<Shared>>, Path(topic): Path<String>, request: Request) -> Response {
-    match try_follow(&shared, &topic, request).await {
+pub(crate) async fn follow(State(shared): State<Arc<Shared>>, topic: Named, request: Request) -> Response {
+    match try_follow(&shared, topic, request).await {
         Ok(response) => response,
         Err(refusal) => refusal.into_response(),
     }
 }
 
-async fn try_follow(shared: &Arc<Shared>, topic: &str, request: Request) -> Result<Response, Refusal> {
+async fn try_follow(shared: &Arc<Shared>, topic: Named, request: Request) -> Result<Response, Refusal> {
     let (parts, _) = request.into_parts();
     let topic = shared.admit_to(topic, Action::Follow, &parts).await?;
     let from = From::asked(&parts)?;
     let permit = shared.streams.clone().try_acquire_owned();
     let permit = permit.map_err(|_| Refusal::busy("too many streams are open"))?;
-    let opened = shared.in_time("subscribing", Opened::open(&shared.bus, &topic, from, shared.limits.prefetch)).await??;
+    let opening = Opening { bus: &shared.bus, topic: &topic, prefetch: shared.limits.prefetch };
+    let opened = shared.in_time("subscribing", opening.open(from)).await??;
     let stopping = parts.extensions.get().cloned();
     let body = Body::new(Events::new(shared, topic, opened, permit, stopping));
     let headers = [
@@ -78,10 +83,20 @@ async fn try_follow(shared: &Arc<Shared>, topic: &str, request: Request) -> Resu
 #[derive(Debug, PartialEq, Eq)]
 enum From {
     Start(Start),
-    /// The client was here, and then got events that have no place. What of those it missed is gone.
-    Behind(Start),
+    /// The client was here. If it then got events that have no place, those of them that it missed are gone.
+    Remembered {
+        place: Place,
+        placeless: bool,
+    },
     /// The client was here before, and where it was cannot be found.
     Lost(&'static str),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    After(Cursor),
+    With(Cursor),
+    Beginning,
 }
 
 impl From {
@@ -112,18 +127,18 @@ impl From {
     }
 
     fn remembered(id: &str) -> Self {
-        if let Some(id) = id.strip_suffix(PLACELESS) {
-            return match Self::remembered(id) {
-                Self::Start(start) => Self::Behind(start),
-                lost => lost,
-            };
-        }
-        match id.parse::<Cursor>() {
-            Ok(cursor) => Self::Start(Start::After(cursor)),
-            Err(_) if id == BEGINNING => Self::Start(Start::Earliest),
-            Err(_) if id == LIVE => Self::Lost("notRetained"),
+        let (id, placeless) = id.strip_suffix(PLACELESS).map_or((id, false), |id| (id, true));
+        let cursor = |text: &str| text.parse::<Cursor>().ok();
+        let place = match id.strip_suffix(WITH) {
+            Some(first) => cursor(first).map(Place::With),
+            None if id == BEGINNING => Some(Place::Beginning),
+            None => cursor(id).map(Place::After),
+        };
+        match place {
+            Some(place) => Self::Remembered { place, placeless },
+            None if id == LIVE => Self::Lost("notRetained"),
             // Of another bus, as far as anybody can tell: a client that keeps coming back with it must be able to go on.
-            Err(_) => Self::Lost("otherBus"),
+            None => Self::Lost("otherBus"),
         }
     }
 }
@@ -132,61 +147,133 @@ impl From {
 struct Opened {
     subscription: Subscription,
     id: Option<String>,
-    /// The position that the stream is behind, if there is one.
-    behind: Option<Cursor>,
+    /// A position of the generation that is followed, if one is known.
+    known: Option<Cursor>,
     gap: Option<Value>,
 }
 
-impl Opened {
-    async fn open(bus: &Bus, topic: &Topic, from: From, prefetch: usize) -> Result<Self> {
-        let retains = bus.capabilities().supports(Capability::History);
-        let subscribe = async |start| {
-            // A client that is too slow misses events, or reads them from what is retained; it makes no publisher wait.
-            let options = SubscribeOptions::fan_out().start(start).overflow(Overflow::DropOldest).prefetch(prefetch);
-            bus.subscribe_with(topic, options).await
-        };
-        let opened = |subscription, id, behind| Self { subscription, id, behind, gap: None };
-        let anew = async |gap: Value| {
-            let start = if retains { Start::Earliest } else { Start::Latest };
-            let id = if retains { BEGINNING } else { LIVE };
-            Ok(Self { gap: Some(gap), ..opened(subscribe(start).await?, Some(id.to_owned()), None) })
-        };
+/// What is opened, and for whom.
+struct Opening<'a> {
+    bus: &'a Bus,
+    topic: &'a Topic,
+    prefetch: usize,
+}
+
+impl Opening<'_> {
+    async fn open(&self, from: From) -> Result<Opened> {
+        let capabilities = self.bus.capabilities();
+        let retains = capabilities.supports(Capability::History);
         match from {
-            From::Start(Start::Latest) if !retains => Ok(opened(subscribe(Start::Latest).await?, Some(LIVE.to_owned()), None)),
-            From::Start(Start::Latest) => {
-                // Begun behind the head, and not just anywhere, it can be resumed before its first event.
-                for _ in 0..TRIES {
-                    let Some(head) = bus.history(topic, Start::Latest, 1).await?.head else {
-                        return Ok(opened(subscribe(Start::Earliest).await?, Some(BEGINNING.to_owned()), None));
-                    };
-                    match subscribe(Start::After(head.clone())).await {
-                        Ok(subscription) => return Ok(opened(subscription, Some(head.to_string()), Some(head))),
-                        Err(error) if matches!(error.kind(), ErrorKind::Gap(_)) => {}
-                        Err(error) => return Err(error),
+            From::Start(Start::Latest) if !retains => self.live().await,
+            From::Start(Start::Latest) => self.latest().await,
+            From::Start(Start::Earliest) => self.earliest().await,
+            From::Start(Start::After(_)) | From::Remembered { .. } if !retains => self.live_after(not_retained()).await,
+            From::Start(start) => self.at(start).await,
+            From::Remembered { place, placeless } => {
+                let mut opened = match place {
+                    Place::After(cursor) => self.at(Start::After(cursor)).await?,
+                    Place::With(first) => {
+                        let opened = self.earliest().await?;
+                        Opened { gap: self.missed(&first, opened.known.as_ref()).await?, ..opened }
                     }
+                    Place::Beginning if capabilities.supports(Capability::Index) => {
+                        let opened = self.at(Start::Index(0)).await?;
+                        Opened { id: opened.id.or(Some(BEGINNING.to_owned())), ..opened }
+                    }
+                    Place::Beginning => self.earliest().await?,
+                };
+                if placeless {
+                    opened.gap.get_or_insert_with(not_retained);
                 }
-                Ok(opened(subscribe(Start::Latest).await?, None, None))
-            }
-            From::Behind(start) => {
-                let mut opened = Box::pin(Self::open(bus, topic, From::Start(start), prefetch)).await?;
-                opened.gap.get_or_insert_with(not_retained);
                 Ok(opened)
             }
-            From::Start(Start::After(_)) if !retains => anew(not_retained()).await,
-            From::Start(start) => {
-                let behind = if let Start::After(cursor) = &start { Some(cursor.clone()) } else { None };
-                let id = behind.as_ref().map_or(BEGINNING.to_owned(), Cursor::to_string);
-                let id = if matches!(start, Start::Index(_)) { None } else { Some(id) };
-                match subscribe(start).await {
-                    Ok(subscription) => Ok(opened(subscription, id, behind)),
-                    Err(error) => match error.kind() {
-                        ErrorKind::Gap(gap) => anew(told(gap)).await,
-                        _ => Err(error),
-                    },
-                }
-            }
-            From::Lost(why) => anew(json!({"reason": why})).await,
+            From::Lost(why) if retains => Ok(Opened { gap: Some(json!({"reason": why})), ..self.earliest().await? }),
+            From::Lost(why) => self.live_after(json!({"reason": why})).await,
         }
+    }
+
+    async fn subscribe(&self, start: Start) -> Result<Subscription> {
+        // A client that is too slow misses events, or reads them from what is retained; it makes no publisher wait.
+        let options = SubscribeOptions::fan_out().start(start).overflow(Overflow::DropOldest).prefetch(self.prefetch);
+        self.bus.subscribe_with(self.topic, options).await
+    }
+
+    /// From now on, on a bus that retains nothing.
+    async fn live(&self) -> Result<Opened> {
+        let subscription = self.subscribe(Start::Latest).await?;
+        Ok(Opened { subscription, id: Some(LIVE.to_owned()), known: None, gap: None })
+    }
+
+    async fn live_after(&self, gap: Value) -> Result<Opened> {
+        Ok(Opened { gap: Some(gap), ..self.live().await? })
+    }
+
+    /// Begun behind the head, and not just anywhere, a stream can be resumed before its first event.
+    async fn latest(&self) -> Result<Opened> {
+        let mut id = None;
+        for _ in 0..TRIES {
+            let Some(head) = self.bus.history(self.topic, Start::Latest, 1).await?.head else { return self.earliest().await };
+            id = Some(head.to_string());
+            match self.subscribe(Start::After(head.clone())).await {
+                Ok(subscription) => {
+                    return Ok(Opened { subscription, id: Some(head.to_string()), known: Some(head), gap: None });
+                }
+                Err(error) if matches!(error.kind(), ErrorKind::Gap(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // So busy that its head is trimmed at once: who comes back with what was the head is told so.
+        Ok(Opened { subscription: self.subscribe(Start::Latest).await?, id, known: None, gap: None })
+    }
+
+    /// With what is retained.
+    async fn earliest(&self) -> Result<Opened> {
+        // In this order: what is trimmed in between is told to who comes back, and was in the subscription.
+        let subscription = self.subscribe(Start::Earliest).await?;
+        let known = self.bus.history(self.topic, Start::Earliest, 1).await?.floor;
+        let id = known.as_ref().map_or(BEGINNING.to_owned(), |first| format!("{first}{WITH}"));
+        Ok(Opened { subscription, id: Some(id), known, gap: None })
+    }
+
+    /// At a place; with what is retained, and told so, if that is gone.
+    async fn at(&self, start: Start) -> Result<Opened> {
+        let subscription = match self.subscribe(start.clone()).await {
+            Ok(subscription) => subscription,
+            Err(error) => match error.kind() {
+                ErrorKind::Gap(gap) => {
+                    let opened = self.earliest().await?;
+                    // What was trimmed since is missing, too.
+                    let since = self.bus.history(self.topic, start, 1).await;
+                    let gap = match since.as_ref().map_err(Error::kind) {
+                        Err(ErrorKind::Gap(since)) => told(since),
+                        _ => told(gap),
+                    };
+                    return Ok(Opened { gap: Some(gap), ..opened });
+                }
+                _ => return Err(error),
+            },
+        };
+        match start {
+            Start::After(cursor) => Ok(Opened { subscription, id: Some(cursor.to_string()), known: Some(cursor), gap: None }),
+            _ => {
+                let known = self.bus.history(self.topic, Start::Latest, 1).await?.head;
+                Ok(Opened { subscription, id: None, known, gap: None })
+            }
+        }
+    }
+
+    /// What is missing since this was the earliest event.
+    async fn missed(&self, first: &Cursor, floor: Option<&Cursor>) -> Result<Option<Value>> {
+        if floor == Some(first) {
+            return Ok(None);
+        }
+        let behind = self.bus.history(self.topic, Start::After(first.clone()), 1).await;
+        Ok(Some(match behind.as_ref().map_err(Error::kind) {
+            Err(ErrorKind::Gap(Gap::Trimmed { missed })) => told(&Gap::Trimmed { missed: missed.map(|others| others + 1) }),
+            Err(ErrorKind::Gap(gap)) => told(gap),
+            Err(_) => return behind.map(|_| None),
+            Ok(_) => told(&Gap::Trimmed { missed: Some(1) }),
+        }))
     }
 }
 
@@ -212,15 +299,16 @@ struct Events {
     bus: Bus,
     /// What waits to be written. Its memory comes back when what was taken of it has been sent.
     out: BytesMut,
-    /// Behind the last event that was written.
-    behind: Option<Cursor>,
-    /// Where the stream began, if that can be come back to.
+    /// The newest position of the generation that is followed.
+    known: Option<Cursor>,
+    /// What the client comes back with, unless an event that has a place was written since: then that place.
     began: Option<String>,
     heartbeat: Duration,
     ends_at: Instant,
     clock: Pin<Box<Sleep>>,
-    /// Something was written since the clock was set.
+    /// Something was written since the clock was set; an event that has a place was.
     spoke: bool,
+    placed: bool,
     /// Whether the topic was cleared while nothing happened on it.
     check: Option<BoxFuture<'static, bool>>,
     ended: bool,
@@ -236,11 +324,13 @@ impl Events {
         permit: OwnedSemaphorePermit,
         stopping: Option<Stopping>,
     ) -> Self {
-        let Opened { subscription, id, behind, gap } = opened;
+        let Opened { subscription, id, known, gap } = opened;
         let limits = &shared.limits;
         let mut out = BytesMut::new();
-        sse::opening(&mut out, limits.reconnect_after.as_millis(), id.as_ref());
+        // A client that is told of a gap does not have the place behind it before.
+        sse::opening(&mut out, limits.reconnect_after.as_millis(), id.as_ref().filter(|_| gap.is_none()));
         if let Some(gap) = gap {
+            id.iter().for_each(|id| sse::id(&mut out, id));
             sse::notice(&mut out, "gap", gap.to_string().as_bytes());
         }
         let now = Instant::now();
@@ -250,12 +340,13 @@ impl Events {
             seat: shared.rooms.enter(&topic),
             bus: shared.bus.clone(),
             out,
-            behind,
+            known,
             began: id.filter(|id| id != LIVE),
             heartbeat: limits.heartbeat,
             ends_at,
             clock: Box::pin(tokio::time::sleep_until(ends_at.min(now + limits.heartbeat))),
             spoke: true,
+            placed: false,
             check: None,
             ended: false,
             stopping: stopping.map(|stopping| stopping.wait().boxed()),
@@ -265,7 +356,7 @@ impl Events {
 
     fn take(&mut self, delivery: &Delivery) -> ControlFlow<()> {
         let cursor = delivery.cursor();
-        if let (Some(now), Some(before)) = (&cursor, &self.behind)
+        if let (Some(now), Some(before)) = (&cursor, &self.known)
             && now.scope() != before.scope()
         {
             self.end_cleared();
@@ -277,12 +368,17 @@ impl Events {
         }
         let before = self.out.len();
         if cursor.is_none()
-            && let Some(place) = self.behind.as_ref().map(Cursor::to_string).or_else(|| self.began.clone())
+            && let Some(place) = &self.began
         {
             sse::id(&mut self.out, format_args!("{place}{PLACELESS}"));
         }
         match self.seat.room().write(delivery, cursor.as_ref(), &mut self.out) {
-            Ok(()) => self.behind = cursor.or(self.behind.take()),
+            Ok(()) if cursor.is_some() => {
+                // Most streams never say it; those that do, seldom.
+                self.began = cursor.as_ref().map(Cursor::to_string);
+                (self.known, self.placed) = (cursor, true);
+            }
+            Ok(()) => {}
             // A live value was published to the instance's own subscribers, of which its client is none.
             Err(error) => {
                 self.out.truncate(before);
@@ -319,15 +415,6 @@ impl Events {
 
     /// Has the clock set anew and asks about the topic, when it is time. True if there is something to be written.
     fn tick(&mut self, cx: &mut Context<'_>) -> bool {
-        if let Some(check) = &mut self.check
-            && let Poll::Ready(cleared) = check.poll_unpin(cx)
-        {
-            self.check = None;
-            if cleared {
-                self.end_cleared();
-                return true;
-            }
-        }
         let mut due = false;
         while self.clock.as_mut().poll(cx).is_ready() {
             let now = Instant::now();
@@ -336,10 +423,21 @@ impl Events {
                 return true;
             }
             self.clock.as_mut().reset(self.ends_at.min(now + self.heartbeat));
+            if !std::mem::take(&mut self.placed) {
+                self.check = self.known.clone().map(|known| was_cleared(self.bus.clone(), &self.subscription, known));
+            }
             if !std::mem::take(&mut self.spoke) {
                 self.out.extend_from_slice(sse::HEARTBEAT);
-                self.check = self.behind.clone().map(|behind| was_cleared(self.bus.clone(), &self.subscription, behind));
                 due = true;
+            }
+        }
+        if let Some(check) = &mut self.check
+            && let Poll::Ready(cleared) = check.poll_unpin(cx)
+        {
+            self.check = None;
+            if cleared {
+                self.end_cleared();
+                return true;
             }
         }
         due
@@ -363,7 +461,7 @@ impl http_body::Body for Events {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
         this.fill(cx);
-        this.ended |= this.stopping.as_mut().is_some_and(|stopping| stopping.poll_unpin(cx).is_ready());
+        this.ended = this.ended || this.stopping.as_mut().is_some_and(|stopping| stopping.poll_unpin(cx).is_ready());
         // However busy it is, it ends in time.
         if !this.out.is_empty() {
             this.ended |= Instant::now() >= this.ends_at;
@@ -397,11 +495,15 @@ mod tests {
         assert_eq!(asked("start=earliest&token=x", None), Ok(From::Start(Start::Earliest)));
         assert_eq!(asked("start=7", Some("")), Ok(From::Start(Start::Index(7))));
         assert_eq!(asked("after=b.g.1.0", None), Ok(From::Start(cursor("b.g.1.0"))));
-        assert_eq!(asked("start=earliest", Some("b.g.2.0")), Ok(From::Start(cursor("b.g.2.0"))));
-        assert_eq!(asked("", Some("earliest")), Ok(From::Start(Start::Earliest)));
+        let remembered = |place, placeless| Ok(From::Remembered { place, placeless });
+        let cursor_of = |text: &str| text.parse::<Cursor>().unwrap();
+        assert_eq!(asked("start=earliest", Some("b.g.2.0")), remembered(Place::After(cursor_of("b.g.2.0")), false));
+        assert_eq!(asked("", Some("b.g.2.0@")), remembered(Place::With(cursor_of("b.g.2.0")), false));
+        assert_eq!(asked("", Some("earliest")), remembered(Place::Beginning, false));
         assert_eq!(asked("", Some("live")), Ok(From::Lost("notRetained")));
-        assert_eq!(asked("", Some("b.g.2.0+")), Ok(From::Behind(cursor("b.g.2.0"))));
-        assert_eq!(asked("", Some("earliest+")), Ok(From::Behind(Start::Earliest)));
+        assert_eq!(asked("", Some("b.g.2.0+")), remembered(Place::After(cursor_of("b.g.2.0")), true));
+        assert_eq!(asked("", Some("b.g.2.0@+")), remembered(Place::With(cursor_of("b.g.2.0")), true));
+        assert_eq!(asked("", Some("earliest+")), remembered(Place::Beginning, true));
         assert_eq!(asked("", Some("+")), Ok(From::Lost("otherBus")));
         assert_eq!(asked("", Some("what?")), Ok(From::Lost("otherBus")));
         for bad in ["start=x", "after=x", "start=1&after=b.g.1.0", "start=-1", "start="] {

@@ -247,3 +247,29 @@ async fn clients_whose_hosts_are_gone_are_given_up() {
     server.stop().await;
     nothing_left(&bus, before).await;
 }
+
+#[tokio::test]
+async fn ids_of_any_kind_are_answered() {
+    let bus = kept();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    publish(&bus, "t", 0..1).await;
+    for id in ["+".repeat(15_000), "@".repeat(15_000), "@+".into(), "earliest@".into(), "live+".into(), "a.b.1.0@@".into()] {
+        let told = server.follow(PATH, Some(&id)).await.next().await.unwrap();
+        assert_eq!(told.name, "gap", "{told:?}");
+    }
+}
+
+/// What nobody reads any more hides neither that a client has gone nor that a sender has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_behind_a_request_hide_no_end() {
+    let bus = bare();
+    let before = tasks();
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(format!("{FOLLOW}\r\n").as_bytes()).await.unwrap();
+        soon("the head", stream.read_exact(&mut [0; 100])).await.unwrap();
+    }
+    nothing_left(&bus, before + 2).await; // the server's own two
+    server.stop().await;
+}

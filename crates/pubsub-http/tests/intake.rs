@@ -10,6 +10,8 @@ use common::*;
 use pubsub_core::{ErrorKind, Failure, Timestamp};
 use pubsub_http::{Access, Action, Form, Intake, Pushed, Secret, Verdict};
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 const BODY: &str = r#"{"type":"a","deliveryAttempt":2}"#;
 
@@ -186,4 +188,21 @@ async fn any_json_becomes_an_event() {
     for (header, body) in [("", "{"), ("", ""), ("webhook-id: \r\n", "{}")] {
         assert_eq!(server.post("/", &format!("content-type: application/json\r\n{header}"), body).await.status, 400);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_sends_slowly_and_unsigned_keeps_no_place() {
+    let (router, count) = counted(Intake::new(Form::Events).secret(secret()).max_in_flight(1));
+    let server = Server::start(router).await;
+    let mut slow = Vec::new();
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let head = "POST / HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        slow.push(stream);
+    }
+    for nonce in 0..5 {
+        assert_eq!(server.post("/", &signed(&secret(), 0, nonce, BODY), BODY).await.status, 204);
+    }
+    assert_eq!(count.load(Ordering::SeqCst), 5);
 }

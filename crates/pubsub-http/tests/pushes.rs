@@ -327,3 +327,19 @@ async fn https_is_spoken_over_tls() {
     handle.drained().await;
     assert_eq!(letter(&bus).await.attempts, 3);
 }
+
+/// The status says all: how long its body takes to end, or whether it does, is no matter.
+#[tokio::test]
+async fn a_success_whose_body_does_not_end_is_one() {
+    let bus = kept();
+    let receiver = receiver(&["HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf a body"]).await;
+    let subscription = group(&bus).await;
+    let handle = subscription.handle();
+    publish(&bus, "t", 0..1).await;
+    let running = run(Push::to(&receiver.url).timeout(Duration::from_millis(500)), subscription);
+    eventually("it is settled", async || bus.inspect("t").await.unwrap().groups[0].waiting == Some(0)).await;
+    handle.stop();
+    soon("the end", handle.drained()).await;
+    assert_eq!(soon("the report", running).await.unwrap().done, 1);
+    assert_eq!(receiver.requests.lock().unwrap().len(), 1);
+}

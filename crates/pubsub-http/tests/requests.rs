@@ -170,3 +170,14 @@ async fn options_are_refused_by_name() {
         assert_eq!(refused(builder), option);
     }
 }
+
+#[tokio::test]
+async fn the_router_may_be_nested_under_parameters_of_others() {
+    let bus = kept();
+    let nested = axum::Router::new().nest("/{tenant}/bus", http(&bus).build().unwrap());
+    let server = Server::start(nested).await;
+    assert_eq!(server.post_json("/acme/bus/t/events", r#"{"type":"a"}"#).await.status, 200);
+    assert_eq!(server.follow("/acme/bus/t/events?start=earliest", None).await.kinds(1).await, ["a"]);
+    let bad = server.get("/acme/bus/%FF/events").await;
+    assert_eq!((bad.status, bad.header("content-type")), (400, Some("application/problem+json")));
+}

@@ -317,3 +317,55 @@ async fn streams_end_at_once_and_whole_when_their_server_stops() {
     assert_eq!(streams[0].kinds(3).await, numbers(0..3));
     assert_eq!((streams[0].next().await, streams[1].next().await), (None, None));
 }
+
+/// A client that is cut off behind any block, and comes back with what it has then, is told of the same gap.
+#[tokio::test]
+async fn a_gap_is_told_however_the_stream_that_tells_it_is_cut() {
+    let bus = kept_in(InMemoryServerCache::builder().max_events(10).build().unwrap());
+    let server = Server::start(http(&bus).build().unwrap()).await;
+    // On a topic without events, on one that has some, and behind one of them.
+    let on_nothing = server.follow(PATH, None).await.opened().await;
+    publish(&bus, "t", 0..1).await;
+    let with_first = server.follow("/t/events?start=earliest", None).await.opened().await;
+    let mut first = server.follow("/t/events?start=earliest", None).await;
+    first.kinds(1).await;
+    publish(&bus, "t", 1..30).await;
+    for (id, missed) in [(on_nothing, 20), (with_first, 20), (first.last.unwrap(), 19)] {
+        let mut told = server.follow(PATH, Some(&id)).await;
+        assert_eq!(told.last, None, "the place behind a gap comes with the gap");
+        let gap = told.next().await.unwrap();
+        assert_eq!((gap.name.as_str(), gap.json()), ("gap", json!({"reason": "trimmed", "missed": missed})), "{id}");
+        let behind = told.last.unwrap();
+        assert_eq!(server.follow(PATH, Some(&behind)).await.kinds(10).await, numbers(20..30), "what is told is told once");
+    }
+    // One that was told has not had its first event yet, and misses that.
+    let mut begun = server.follow(PATH, Some("no place")).await;
+    begun.next().await.unwrap();
+    publish(&bus, "t", 30..33).await;
+    let again = server.follow(PATH, begun.last.as_deref()).await.next().await.unwrap();
+    assert_eq!(again.json(), json!({"reason": "trimmed", "missed": 3}));
+}
+
+#[tokio::test]
+async fn clearing_is_told_to_whoever_waits() {
+    let bus = kept();
+    let server = Server::start(http(&bus).heartbeat(Duration::from_millis(50)).build().unwrap()).await;
+    publish(&bus, "t", 0..3).await;
+    let mut for_index = server.follow("/t/events?start=3", None).await;
+    for_index.heartbeats(1).await;
+    let mut busy = server.follow(PATH, None).await;
+    busy.opened().await;
+    bus.clear_topic("t").await.unwrap();
+    assert_eq!(for_index.next().await.unwrap().name, "end");
+    // What has no place does not hide it.
+    let talking = bus.clone();
+    let talk = tokio::spawn(async move {
+        loop {
+            talking.publish_with("t", &[Event::new("x").into()], PublishOptions::local_only()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    let end = async { while busy.next().await.expect("it says how it ends").name != "end" {} };
+    soon("an end", end).await;
+    talk.abort();
+}
