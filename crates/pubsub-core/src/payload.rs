@@ -35,8 +35,25 @@ struct Cell<T> {
     json: OnceLock<Result<Bytes, String>>,
 }
 
+thread_local! {
+    /// Where values are written first: what is kept of them is then allocated once, and as long as it is.
+    static DRAFT: std::cell::Cell<Vec<u8>> = const { std::cell::Cell::new(Vec::new()) };
+}
+
+/// How much of a draft's memory is kept for the next.
+const KEPT_DRAFT: usize = 64 << 10;
+
 fn encode<T: Serialize>(value: &T) -> Result<Bytes, String> {
-    serde_json::to_vec(value).map(Bytes::from).map_err(|error| error.to_string())
+    // A value that encodes others while it is written finds none, and makes its own.
+    let mut draft = DRAFT.try_with(std::cell::Cell::take).unwrap_or_default();
+    draft.clear();
+    serde_json::to_writer(&mut draft, value).map_err(|error| error.to_string())?;
+    if draft.capacity() > KEPT_DRAFT {
+        return Ok(Bytes::from(draft));
+    }
+    let json = Bytes::copy_from_slice(&draft);
+    let _ = DRAFT.try_with(|kept| kept.set(draft)); // the thread is ending
+    Ok(json)
 }
 
 impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> Typed for Cell<T> {
@@ -246,6 +263,27 @@ impl<T: Clone> Data<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_may_encode_others_while_it_is_written() {
+        #[derive(serde::Deserialize)]
+        struct Nested(u32);
+
+        impl Serialize for Nested {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+                let inner = (self.0 > 0).then(|| Payload::typed(Nested(self.0 - 1)).to_json().unwrap().len());
+                to.serialize_str(&"x".repeat(inner.unwrap_or_default() + 1))
+            }
+        }
+
+        for _ in 0..2 {
+            assert_eq!(Payload::typed(Nested(2)).to_json().unwrap().as_ref(), br#""xxxxxxx""#);
+        }
+        let long = "y".repeat(2 * KEPT_DRAFT);
+        for text in [&*long, "short", ""] {
+            assert_eq!(Payload::typed(text.to_owned()).to_json().unwrap(), format!("\"{text}\"").into_bytes());
+        }
+    }
 
     #[test]
     fn typed_is_shared_and_json_is_written_once() {
