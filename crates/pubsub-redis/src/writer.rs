@@ -91,7 +91,7 @@ impl Task {
         let mut taken = Vec::new();
         loop {
             self.proceed();
-            if self.calls.is_empty() && !(self.doubtful.is_empty() && self.ready.is_empty()) {
+            if self.has_to_clear_up() {
                 return Poll::Ready(true);
             }
             let room = WAITING_CALLS.saturating_sub(self.open.len());
@@ -116,7 +116,15 @@ impl Task {
         }
         self.begin(job);
         self.proceed();
+        if self.has_to_clear_up() {
+            self.waker.wake_by_ref(); // what failed at once wakes nobody else
+        }
         Ok(std::mem::take(&mut self.answers))
+    }
+
+    /// Whether everything has come back, and something of it is to be looked into, or waits for that.
+    fn has_to_clear_up(&self) -> bool {
+        self.calls.is_empty() && !(self.doubtful.is_empty() && self.ready.is_empty())
     }
 
     /// Begins a job.

@@ -98,6 +98,38 @@ pub(crate) async fn forgotten_and_unheard() {
     assert_eq!(written(&server), expected);
 }
 
+pub(crate) async fn down_at_once() {
+    let server = Arc::new(start());
+    let done = Arc::new(AtomicBool::new(false));
+    // So patient that only a writer which looks by itself is in time.
+    let builder = configured(at(server.address)).publish_timeout(10 * PATIENCE);
+    let bus = Bus::from(builder.connect().await.unwrap());
+    // One after another, so that some are handed in at the very moment that the connection ends.
+    let publishers: Vec<_> = (0..4)
+        .map(|publisher| {
+            let (bus, done) = (bus.clone(), done.clone());
+            tokio::spawn(async move {
+                let mut sent = 0;
+                while !done.load(Ordering::Acquire) {
+                    let publishing = bus.publish(format!("t{publisher}"), Event::new("x"));
+                    timeout(PATIENCE, publishing).await.expect("in time").unwrap();
+                    sent += 1;
+                }
+                sent
+            })
+        })
+        .collect();
+    for _ in 0..10 {
+        sleep(Duration::from_millis(fastrand::u64(20..100))).await;
+        let again = server.clone();
+        tokio::task::spawn_blocking(move || again.restart()).await.unwrap().unwrap();
+    }
+    done.store(true, Ordering::Release);
+    for (publisher, sent) in join_all(publishers).await.into_iter().enumerate() {
+        assert!(length(&server, &format!("t{publisher}")) >= sent.unwrap() / 2); // `everysec` may lose some of each life
+    }
+}
+
 pub(crate) async fn clock_set_back() {
     const AHEAD: &str = "9999999999999-5";
     let server = start();
