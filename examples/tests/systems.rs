@@ -103,12 +103,19 @@ fn fresh(backend: &str, system: &str) -> std::io::Result<Fresh> {
     })
 }
 
+/// A port that nobody listens on, of those that the system gives to nobody who connects.
+fn free_port() -> std::io::Result<u16> {
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    let mut ports = std::iter::repeat_with(|| fastrand::u16(16_384..32_768)).take(1000);
+    ports.find(is_free).ok_or_else(|| std::io::ErrorKind::AddrInUse.into())
+}
+
 /// A server of a test's own, ended with it.
 struct Server(Child);
 
 impl Server {
     fn redis(directory: &Path) -> std::io::Result<(Self, u16)> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let port = free_port()?;
         let port_as_text = port.to_string();
         let mut command = Self::tied("redis-server");
         command.args(["--bind", "127.0.0.1", "--port", &port_as_text, "--save", "", "--dir"]).arg(directory);
@@ -117,7 +124,7 @@ impl Server {
     }
 
     fn emulator() -> std::io::Result<(Self, u16)> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let port = free_port()?;
         let mut command = Self::tied("java");
         command.args(["-Xms64m", "-XX:TieredStopAtLevel=1", "-jar"]).args(emulator());
         command.args(["--host=127.0.0.1", &format!("--port={port}")]);

@@ -1,7 +1,9 @@
 //! A real `redis-server`, started on a free port with a directory of its own, and ended with this.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,9 +27,19 @@ pub(super) fn is_installed() -> bool {
     version.is_ok_and(|status| status.success())
 }
 
-/// A port that nobody listens on just now.
+/// Ports that the system gives to nobody who connects: or a client that tries to come back to a server that is down might be given its
+/// port, and be connected to itself.
+const PORTS: Range<u16> = 16_384..32_768;
+
+/// A port that nobody listens on just now, and that nobody in this process was told before.
 pub(super) fn free_port() -> io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+    static TOLD: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut told = TOLD.lock();
+    let ports = std::iter::repeat_with(|| fastrand::u16(PORTS)).take(1000);
+    let free = ports.into_iter().find(|port| !told.contains(port) && TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
+    let port = free.ok_or_else(|| io::Error::other("no port is free"))?;
+    told.insert(port);
+    Ok(port)
 }
 
 impl Server {
@@ -107,28 +119,50 @@ impl Server {
         self.ask(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).map(drop)
     }
 
-    /// Starts it over what its directory holds.
+    /// Starts it over what its directory holds. Between two of its lives somebody else may have its port, who is waited for.
     pub(super) fn spawn(&self) -> io::Result<()> {
-        // The shell ends the server when this process is gone, however that comes: then nobody holds the other end of its input.
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            if let Some(child) = self.try_spawn(until)? {
+                *self.child.lock() = Some(child);
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(io::Error::other("redis-server does not start"))
+    }
+
+    /// None if it has ended.
+    fn try_spawn(&self, until: Instant) -> io::Result<Option<Child>> {
+        // A shell ends the server when this process is gone, however that comes: then nobody holds the other end of its input. And it
+        // ends with the server.
+        let script =
+            "exec 3<&0; redis-server \"$@\" </dev/null & server=$!; { read _ <&3; kill -KILL $server; } & wait $server";
         let mut command = Command::new("sh");
-        command.args(["-c", "redis-server \"$@\" & read _; kill -KILL $!; wait", "sh"]).args(&self.arguments);
+        command.args(["-c", script, "sh"]).args(&self.arguments);
         command.args(["--bind", "127.0.0.1", "--port", &self.address.port().to_string()]);
         command.arg("--dir").arg(&self.directory).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn()?;
-        let until = Instant::now() + PATIENCE;
-        loop {
-            match self.ask(&["PING"]) {
-                Ok(Answer::Text(text)) if text == "PONG" => break,
-                _ if Instant::now() < until && child.try_wait()?.is_none() => std::thread::sleep(Duration::from_millis(5)),
-                _ => {
-                    drop(child.stdin.take());
-                    let _ = child.wait();
-                    return Err(io::Error::other("redis-server does not start"));
-                }
+        while Instant::now() < until {
+            if self.is_up() {
+                return Ok(Some(child));
             }
+            if child.try_wait()?.is_some() {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
-        *self.child.lock() = Some(child);
-        Ok(())
+        drop(child.stdin.take());
+        child.wait().map(|_| None)
+    }
+
+    /// Whether it answers, and not somebody else at its address, as far as can be told: a sentinel does not say where it is.
+    fn is_up(&self) -> bool {
+        let directory = self.directory.to_string_lossy();
+        matches!(self.ask(&["PING"]), Ok(Answer::Text(text)) if text == "PONG")
+            && self
+                .ask(&["CONFIG", "GET", "dir"])
+                .map_or(true, |dir| dir.list().get(1).is_none_or(|dir| dir.text() == directory))
     }
 
     /// Kills it, and starts it again over its append-only file.
