@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         ("writer: what waits goes out, however it falls into calls", || writer::crowded().boxed()),
         ("writer: a topic that cannot be written to holds up no other", || writer::one_bad_topic().boxed()),
         ("writer: what was refused unheard is written once, in order", || writer::forgotten_and_unheard().boxed()),
-        ("writer: what fails at once is looked into at once", || writer::down_at_once().boxed()),
+        ("writer: publishers outlive restarts, and none waits until its time is over", || writer::restarts().boxed()),
         ("writer: ids that are ahead of the server's clock are followed as others", || writer::clock_set_back().boxed()),
         ("groups: a group that is deleted while entries of it are at hand loses none", || {
             quiet::destroyed_while_busy().boxed()

@@ -98,7 +98,7 @@ pub(crate) async fn forgotten_and_unheard() {
     assert_eq!(written(&server), expected);
 }
 
-pub(crate) async fn down_at_once() {
+pub(crate) async fn restarts() {
     let server = Arc::new(start());
     let done = Arc::new(AtomicBool::new(false));
     // So patient that only a writer which looks by itself is in time.
