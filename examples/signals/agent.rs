@@ -1,10 +1,9 @@
 //! A process in which a conversation's agent can run, one among several.
 //!
-//! A signal that reaches any of them is told on the conversation's topic, so that all know what is pending. Whoever gets the lease runs
-//! the first, telling what it does under the lease's token. First it tells that it has the lease, and waits to hear that: then it has heard all
-//! that owners before it were able to tell, such as that the signal is answered. When it is done and the next came from another process, it
-//! transfers the lease there; the key is never free in between. If the owner is gone, its lease runs out, and the others have the signal
-//! still.
+//! A signal that reaches any of them is told on the conversation's topic, so that all know what is pending. Whoever gets the lease tells
+//! so, and waits to hear it: then it has heard all that owners before it were able to tell, such as that a signal is answered. It runs the
+//! first that is not, telling what it does under the lease's token. When it is done and the next came from another process, it transfers
+//! the lease there; the key is never free in between. If the owner is gone, its lease runs out, and the others have the signal still.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -13,7 +13,11 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use parking_lot::Mutex;
+use port::free_port;
 use tempfile::TempDir;
+
+#[path = "../../conformance/src/harnesses/port.rs"]
+mod port;
 
 /// How long a system may take: longer than it gives itself.
 const AT_MOST: Duration = Duration::from_secs(120);
@@ -101,13 +105,6 @@ fn fresh(backend: &str, system: &str) -> std::io::Result<Fresh> {
         }
         other => return Err(std::io::Error::other(format!("nobody knows how to start {other}"))),
     })
-}
-
-/// A port that nobody listens on, of those that the system gives to nobody who connects.
-fn free_port() -> std::io::Result<u16> {
-    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-    let mut ports = std::iter::repeat_with(|| fastrand::u16(16_384..32_768)).take(1000);
-    ports.find(is_free).ok_or_else(|| std::io::ErrorKind::AddrInUse.into())
 }
 
 /// A server of a test's own, ended with it.

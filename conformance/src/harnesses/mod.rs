@@ -6,6 +6,7 @@ pub mod gcp;
 mod guarantees;
 pub mod mastra;
 mod memory_store;
+mod port;
 mod process;
 mod proxy;
 mod pushed;

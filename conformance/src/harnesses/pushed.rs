@@ -265,8 +265,12 @@ impl Shared {
     /// Where to hear what a settlement came to; none if it is too late for any.
     fn outcome(&self, key: Key) -> Option<Receipt> {
         let mut outcomes = self.outcomes.lock();
+        if outcomes.lost.contains(&key) {
+            return None;
+        }
         let (tell, told) = Receipt::pending();
-        (!outcomes.lost.contains(&key)).then(|| outcomes.waiting.insert(key, tell)).map(|_| told)
+        outcomes.waiting.insert(key, tell);
+        Some(told)
     }
 
     fn lose(&self, key: Key) {
@@ -391,11 +395,13 @@ impl Source for Arrivals {
                     }
                     shared.arrived();
                     if mode == AckMode::Auto {
-                        let settled = shared.outcome((pushed.event().id().clone(), pushed.attempt()));
+                        let key = (pushed.event().id().clone(), pushed.attempt());
                         // What was lost goes to another.
-                        if decide.send(Settlement::Done).is_ok() {
-                            self.settling = settled.map(|settled| (pushed, settled));
+                        let Some(settled) = shared.outcome(key.clone()) else { continue };
+                        if decide.send(Settlement::Done).is_err() {
+                            shared.lose(key);
                         }
+                        self.settling = Some((pushed, settled));
                         continue;
                     }
                     let (event, attempt) = (pushed.event().clone(), pushed.attempt());
@@ -422,9 +428,9 @@ impl Drop for Arrivals {
 impl Settler for Decisions {
     fn settle(&self, number: u64, settlement: Settlement) -> Receipt {
         let Some((key, decide)) = self.open.lock().remove(&number) else { return Receipt::ready(Settled::TooLate) };
-        let Some(outcome) = self.shared.outcome(key) else { return Receipt::ready(Settled::TooLate) };
+        let Some(outcome) = self.shared.outcome(key.clone()) else { return Receipt::ready(Settled::TooLate) };
         if decide.send(settlement).is_err() {
-            return Receipt::ready(Settled::TooLate); // the pusher has hung up
+            self.shared.lose(key); // the pusher has hung up
         }
         outcome
     }

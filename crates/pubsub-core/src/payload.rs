@@ -52,7 +52,7 @@ fn encode<T: Serialize>(value: &T) -> Result<Bytes, String> {
         return Ok(Bytes::from(draft));
     }
     let json = Bytes::copy_from_slice(&draft);
-    let _ = DRAFT.try_with(|kept| kept.set(draft)); // the thread is ending
+    let _ = DRAFT.try_with(|kept| kept.set(draft)); // an error: the thread is ending
     Ok(json)
 }
 

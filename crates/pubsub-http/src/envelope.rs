@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use pubsub_core::wire::{self, Stamp};
+use pubsub_core::wire;
 use pubsub_core::{Event, EventId, Payload, Timestamp};
 use serde::Deserialize;
 
@@ -39,16 +39,8 @@ pub(crate) struct Opened {
     pub(crate) subscription: Option<String>,
 }
 
-/// Whether it is an event that somebody published, and not other data that has a type: those bear ids.
-fn is_event(data: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Probe {
-        id: Option<serde::de::IgnoredAny>,
-    }
-    serde_json::from_slice(data).is_ok_and(|probe: Probe| probe.id.is_some())
-}
-
-/// Opens an envelope. Data that is an event is that event; other data becomes one, with the message's id and time. Attributes become
+/// Opens an envelope. Data that is an event, with an id and a time of its own, is that event; other data becomes one, though it may have a
+/// type as well, with the message's id and time. Attributes become
 /// metadata, where the event has none of that name.
 pub(crate) fn open(json: &[u8]) -> Result<Opened, Refusal> {
     let bad = |why: String| Refusal::bad(format!("not a pushed message: {why}"));
@@ -58,9 +50,9 @@ pub(crate) fn open(json: &[u8]) -> Result<Opened, Refusal> {
     let created_at = message.publish_time.as_deref().map_or_else(|| Ok(Timestamp::now()), Timestamp::parse)?;
     let base64 = message.data.unwrap_or_default();
     let data = Bytes::from(STANDARD.decode(&base64).map_err(|error| bad(error.to_string()))?);
-    let mut event = match wire::decode(&data, Some(Stamp { id: id.clone(), created_at })) {
-        Ok(decoded) if is_event(&data) => decoded.event.with_index(None),
-        _ => Event::stamped(id, FOREIGN_TYPE, created_at)
+    let mut event = match wire::decode(&data, None) {
+        Ok(decoded) => decoded.event.with_index(None),
+        Err(_) => Event::stamped(id, FOREIGN_TYPE, created_at)
             .with_run_id(message.ordering_key.unwrap_or_default())
             .with_payload(foreign(data, base64)?),
     };

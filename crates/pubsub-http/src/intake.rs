@@ -24,7 +24,7 @@ use crate::request::{authorize, check_headers, check_json, read_body};
 use crate::settle::answer;
 use crate::signature::{Guard, SIGNATURE, Secret};
 
-/// How many bytes of all the bodies that have not arrived as a whole are kept, if a single one may not be longer.
+/// How many bytes there may be of all bodies that have not yet arrived as a whole; or those of the longest one, if that is longer.
 const READING: usize = 256 << 20;
 
 /// In which form events are pushed to an [`Intake`].
@@ -33,8 +33,8 @@ const READING: usize = 256 << 20;
 pub enum Form {
     /// The [JSON form](pubsub_core::wire) of an event, or an array of such: what a [`Push`](crate::Push) sends.
     Events,
-    /// What a push subscription of Google Cloud Pub/Sub sends. Data that is not an event in its JSON form, with type and id, becomes one,
-    /// of the type `google.pubsub.message`.
+    /// What a push subscription of Google Cloud Pub/Sub sends. Data that is not an event in its JSON form, with type, id and time,
+    /// becomes one, of the type `google.pubsub.message`.
     GooglePubSub,
     /// Any JSON, as other services post it: it becomes the data of an event of the type `webhook`, whose id is that of the header
     /// `webhook-id` (of the [Standard Webhooks](https://www.standardwebhooks.com)) or `idempotency-key`, or else a random one.
@@ -45,7 +45,7 @@ pub enum Form {
 const WEBHOOK: &str = "webhook";
 
 /// Who names what it posts does so in one of these.
-const WEBHOOK_IDS: [&str; 2] = ["webhook-id", "idempotency-key"];
+const WEBHOOK_IDS: [&str; 2] = ["webhook-id", publish::IDEMPOTENCY_KEY];
 
 /// One event that was pushed.
 #[derive(Debug, Clone)]

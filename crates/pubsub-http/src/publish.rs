@@ -18,7 +18,7 @@ use crate::refusal::Refusal;
 use crate::request::{Named, check_json, read_body};
 
 /// By which a caller names what it publishes, so that saying it again is the same event.
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+pub(crate) const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 pub(crate) async fn publish(State(shared): State<Arc<Shared>>, topic: Named, request: Request) -> Response {
     match try_publish(&shared, topic, request).await {

@@ -116,7 +116,7 @@ impl PushBuilder {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(self.in_flight)
-            .http1_max_buf_size(MAX_ANSWER)
+            .http1_max_buf_size(MAX_ANSWER / 2) // beyond which it goes by one read, of as much again at most
             .build(over_tls(connector)?);
         let Self { secret, in_flight, timeout, max_retry_after, .. } = self;
         Ok(Push(Arc::new(Inner { url, secret, headers, in_flight, timeout, max_retry_after, client })))

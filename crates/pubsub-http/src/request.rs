@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Path};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode};
@@ -100,14 +100,15 @@ pub(crate) async fn read_body(body: Body, most: usize, within: Duration, room: O
     }
     let mut body = Limited::new(body, most);
     let reading = async {
-        let (mut read, mut places) = (BytesMut::new(), Vec::new());
+        let (mut read, mut places) = (Vec::new(), Vec::new());
         while let Some(frame) = body.frame().await {
             let Some(data) = frame.map_err(Some)?.into_data().ok() else { continue };
             let bytes = u32::try_from(data.len()).unwrap_or(u32::MAX);
             places.extend(room.map(|room| room.try_acquire_many(bytes)).transpose().map_err(|_| None)?);
-            read.extend_from_slice(&data);
+            read.push(data);
         }
-        Ok::<_, Option<BoxError>>(read.freeze())
+        // Most come in one piece.
+        Ok::<_, Option<BoxError>>(if read.len() == 1 { read.remove(0) } else { read.concat().into() })
     };
     match tokio::time::timeout(within, reading).await {
         Ok(Ok(body)) => Ok(body),
@@ -115,5 +116,30 @@ pub(crate) async fn read_body(body: Body, most: usize, within: Duration, room: O
         Ok(Err(Some(error))) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(Some(_))) => Err(Refusal::bad("the body broke off")),
         Err(_) => Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+
+    use super::*;
+
+    async fn read(pieces: &[&'static str], room: &Semaphore) -> Result<Bytes, u16> {
+        let pieces = pieces.iter().map(|piece| Ok::<_, Infallible>(*piece)).collect::<Vec<_>>();
+        let body = Body::from_stream(stream::iter(pieces));
+        read_body(body, 100, Duration::from_secs(10), Some(room)).await.map_err(|refusal| refusal.status().as_u16())
+    }
+
+    #[tokio::test]
+    async fn bodies_share_the_room_that_there_is() {
+        let room = Semaphore::new(10);
+        assert_eq!(read(&["01234", "56789"], &room).await, Ok("0123456789".into()));
+        assert_eq!((read(&["0123456789"], &room).await, read(&[], &room).await), (Ok("0123456789".into()), Ok(Bytes::new())));
+        assert_eq!(read(&["01234", "567890"], &room).await, Err(503));
+        let taken = room.acquire_many(6).await.unwrap();
+        assert_eq!(read(&["01234"], &room).await, Err(503), "another has not yet arrived");
+        drop(taken);
+        assert_eq!((read(&["0123456789"], &room).await.is_ok(), room.available_permits()), (true, 10));
     }
 }

@@ -301,8 +301,9 @@ struct Events {
     out: BytesMut,
     /// The newest position of the generation that is followed.
     known: Option<Cursor>,
-    /// What the client comes back with, unless an event that has a place was written since: then that place.
+    /// What the client comes back with until an event that has a place is written; and whether one was: then it is that place.
     began: Option<String>,
+    moved: bool,
     heartbeat: Duration,
     ends_at: Instant,
     clock: Pin<Box<Sleep>>,
@@ -342,6 +343,7 @@ impl Events {
             out,
             known,
             began: id.filter(|id| id != LIVE),
+            moved: false,
             heartbeat: limits.heartbeat,
             ends_at,
             clock: Box::pin(tokio::time::sleep_until(ends_at.min(now + limits.heartbeat))),
@@ -368,15 +370,13 @@ impl Events {
         }
         let before = self.out.len();
         if cursor.is_none()
-            && let Some(place) = &self.began
+            && let Some(place) = self.place()
         {
             sse::id(&mut self.out, format_args!("{place}{PLACELESS}"));
         }
         match self.seat.room().write(delivery, cursor.as_ref(), &mut self.out) {
             Ok(()) if cursor.is_some() => {
-                // Most streams never say it; those that do, seldom.
-                self.began = cursor.as_ref().map(Cursor::to_string);
-                (self.known, self.placed) = (cursor, true);
+                (self.known, self.moved, self.placed) = (cursor, true, true);
             }
             Ok(()) => {}
             // A live value was published to the instance's own subscribers, of which its client is none.
@@ -386,6 +386,11 @@ impl Events {
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// What the client comes back with, if it is told nothing else.
+    fn place(&self) -> Option<String> {
+        if self.moved { self.known.as_ref().map(Cursor::to_string) } else { self.began.clone() }
     }
 
     fn end_cleared(&mut self) {

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use futures::FutureExt;
-use pubsub_core::{Bus, Event};
-use pubsub_http::ServeOptions;
+use pubsub_core::{Bus, Event, Failure};
+use pubsub_http::{Form, Intake, Pushed, ServeOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 
 const PATH: &str = "/t/events";
 const FOLLOW: &str = "GET /t/events HTTP/1.1\r\nhost: x\r\n\r\n";
@@ -271,5 +272,33 @@ async fn bytes_behind_a_request_hide_no_end() {
         soon("the head", stream.read_exact(&mut [0; 100])).await.unwrap();
     }
     nothing_left(&bus, before + 2).await; // the server's own two
+    server.stop().await;
+
+    /// Tells when its handler is cancelled.
+    struct Running(mpsc::UnboundedSender<&'static str>);
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.send("cancelled");
+        }
+    }
+
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let handler = move |_: Pushed| {
+        let running = Running(tell.clone());
+        async move {
+            running.0.send("begun").unwrap();
+            std::future::pending::<Result<(), Failure>>().await
+        }
+    };
+    let server = Server::start(Intake::new(Form::Json).authorize(anybody).handle(handler).unwrap()).await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    stream
+        .write_all(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1\r\n\r\n1\r\n")
+        .await
+        .unwrap();
+    assert_eq!(soon("the handler begins", told.recv()).await, Some("begun"));
+    drop(stream);
+    assert_eq!(soon("the handler is cancelled", told.recv()).await, Some("cancelled"));
     server.stop().await;
 }

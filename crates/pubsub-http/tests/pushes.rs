@@ -343,3 +343,14 @@ async fn a_success_whose_body_does_not_end_is_one() {
     assert_eq!(soon("the report", running).await.unwrap().done, 1);
     assert_eq!(receiver.requests.lock().unwrap().len(), 1);
 }
+
+#[tokio::test]
+async fn a_head_that_is_too_long_is_no_answer() {
+    let bus = kept();
+    let long = format!("HTTP/1.1 200 OK\r\nx: {}\r\ncontent-length: 0\r\n\r\n", "y".repeat(100 << 10));
+    let receiver = receiver(Box::leak(Box::new([&*Box::leak(long.into_boxed_str())]))).await;
+    let running = run(Push::to(&receiver.url), group(&bus).await);
+    publish(&bus, "t", 0..1).await;
+    assert_eq!(letter(&bus).await.attempts, 3);
+    running.abort();
+}

@@ -215,7 +215,7 @@ impl Task {
     /// A call has come back.
     fn ended(&mut self, call: Call, outcome: Outcome) {
         match outcome {
-            Err(fault) if (fault.is_unknown() || fault.is("NOSCRIPT")) && self.shared.link.cluster().is_none() => {
+            Err(fault) if (fault.is_unknown() || fault.is("NOSCRIPT")) && !self.is_in_cluster() => {
                 self.known &= !fault.is("NOSCRIPT");
                 self.doubtful.push((call, fault));
             }

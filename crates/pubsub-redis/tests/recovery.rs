@@ -5,6 +5,9 @@
 #[path = "common/trials.rs"]
 mod trials;
 
+#[path = "../../../conformance/src/harnesses/port.rs"]
+mod port;
+
 #[expect(dead_code)] // others use more of it
 #[path = "../../../conformance/src/harnesses/redis/server.rs"]
 mod server;

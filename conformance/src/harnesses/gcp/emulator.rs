@@ -1,12 +1,14 @@
 //! Google's own emulator, started on a free port and ended with this process.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+
+use crate::harnesses::port::free_port;
 
 /// How long it may take to start, or to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,14 +35,6 @@ pub fn program() -> Option<PathBuf> {
     let program = files.filter(|path| path.extension().is_some_and(|kind| kind == "jar")).find(is_it)?;
     let java = Command::new("java").arg("-version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     java.is_ok_and(|status| status.success()).then_some(program)
-}
-
-/// A port that no connection of anybody's is given while the emulator is killed: clients that try to come back would be given it too,
-/// and would be connected to themselves.
-fn free_port() -> io::Result<u16> {
-    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-    let mut tries = std::iter::repeat_with(|| fastrand::u16(10_000..30_000)).take(1000);
-    tries.find(is_free).ok_or_else(|| io::ErrorKind::AddrInUse.into())
 }
 
 impl Emulator {

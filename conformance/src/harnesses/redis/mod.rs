@@ -19,6 +19,7 @@ use pubsub_redis::{RedisBuilder, RedisStreamsPubSub};
 pub use self::cluster::RedisClusterHarness;
 use self::server::{Answer, Server};
 pub use self::store::RedisStoreHarness;
+use super::port;
 use super::process;
 use super::proxy::Proxy;
 use crate::{Fault, Faults, Harness, Job, Probe, Process, Processes, Raw, Timing};

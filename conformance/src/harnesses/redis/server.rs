@@ -1,15 +1,15 @@
 //! A real `redis-server`, started on a free port with a directory of its own, and ended with this.
 
-use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::ops::Range;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+
+use super::port::free_port;
 
 /// How long a server may take to start, or to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,21 +25,6 @@ pub(super) struct Server {
 pub(super) fn is_installed() -> bool {
     let version = Command::new("redis-server").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     version.is_ok_and(|status| status.success())
-}
-
-/// Ports that the system gives to nobody who connects: or a client that tries to come back to a server that is down might be given its
-/// port, and be connected to itself.
-const PORTS: Range<u16> = 16_384..32_768;
-
-/// A port that nobody listens on just now, and that nobody in this process was told before.
-pub(super) fn free_port() -> io::Result<u16> {
-    static TOLD: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
-    let mut told = TOLD.lock();
-    let ports = std::iter::repeat_with(|| fastrand::u16(PORTS)).take(1000);
-    let free = ports.into_iter().find(|port| !told.contains(port) && TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
-    let port = free.ok_or_else(|| io::Error::other("no port is free"))?;
-    told.insert(port);
-    Ok(port)
 }
 
 impl Server {

@@ -10,7 +10,8 @@ use pubsub_core::{Bus, Event};
 use pubsub_redis::{RedisServer, RedisServerCache};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
-use crate::server::{Server, free_port};
+use crate::port::free_port;
+use crate::server::Server;
 use crate::support::{PATIENCE, configured, connect, next, topic};
 
 /// An authority of its own, and a key and a certificate of it for this machine.

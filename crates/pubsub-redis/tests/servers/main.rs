@@ -4,6 +4,8 @@
 
 mod cluster;
 mod encrypted;
+#[path = "../../../../conformance/src/harnesses/port.rs"]
+mod port;
 mod processes;
 mod proxy;
 mod quiet;
